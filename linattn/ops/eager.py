@@ -1,5 +1,7 @@
 """Backend `eager`: the chunk skeleton of `reference/chunked.py` in plain torch, on any device and in any dtype."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,18 @@ def why_not(call: Call) -> str | None:
     return None
 
 
+def _exact(function):
+    """Autocast off: it would turn the float32 sums inside into bfloat16."""
+
+    @functools.wraps(function)
+    def inner(x, *rest):
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *rest)
+
+    return inner
+
+
+@_exact
 def forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, form: Form):
     """→ o, kv [D N H K V], z [D N H K], row sums [B T HQ], boundaries kv and z [D N rows H ·], writes [D B T H V]; D directions."""
     if cu_seqlens is not None:
@@ -41,6 +55,7 @@ def forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, form: Form):
     )
 
 
+@_exact
 def backward(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, cu_seqlens, o, d, form: Form):
     """Gradients (dq, dk, dv, dlog_decay, dbeta, dkv, dz) in the inputs' dtypes; a missing input's gradient is None."""
     if cu_seqlens is not None:
@@ -79,6 +94,7 @@ def backward(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, c
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, None if beta is None else dbeta, stack(0), stack(1)
 
 
+@_exact
 def step(q, k, v, log_decay, beta, kv, z, form: Form):
     """One token: q [B HQ K], k [B H K], v [B H V], kv [B H K V], z [B H K] or None → o, kv, z."""
     x, y, w = (t.to(kv.dtype) for t in (q, k, v))

@@ -33,9 +33,13 @@ class Chunk(NamedTuple):
 # -- gate -------------------------------------------------------------------------------------------------------------------------------
 
 
-def clock(g: Tensor, leaving: bool) -> Tensor:
-    total = g.cumsum(2)
-    return total - g if leaving else total
+LEAST = -104.0  # exp gives 0 in float32; a log decay of -inf itself would make a difference of clocks NaN
+
+
+def clock(g: Tensor, leaving: bool) -> tuple[Tensor, Tensor]:
+    """ℓ and L. L is the last sum itself, not a second sum: they meet in e^(L − ℓ), and rounding grows with the decay."""
+    total = g.clamp(min=LEAST).cumsum(2)
+    return F.pad(total, (0, 0, 1, -1)) if leaving else total, total[:, :, -1:]
 
 
 def fade(clock: Tensor) -> Tensor:
@@ -69,7 +73,7 @@ def chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, leav
     qs = [x.unflatten(1, (k.shape[2], -1)) for x in cut(q)]
     betas = [None] * len(qs) if beta is None else cut(beta[..., None])
     return [
-        Chunk(q_c, k_c, v_c, b_c, clock(g_c, leaving), g_c.sum(2, keepdim=True))
+        Chunk(q_c, k_c, v_c, b_c, *clock(g_c, leaving))
         for q_c, k_c, v_c, b_c, g_c in zip(qs, cut(k), cut(v), betas, cut(g), strict=True)
     ]
 
