@@ -1,0 +1,73 @@
+"""Every backend against the float64 oracle: outputs, states, records and the gradient of every floating input from all of them."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from cases import DECAYS, DIRECTIONS, PRESENT, RECORDS, Case, check, pairwise, takes, whole
+
+NARROW = (torch.float32, torch.bfloat16)
+NORMALIZERS = ("none", "sum", "clamp")
+AXES = {
+    "decay": DECAYS,
+    "delta": (False, True),
+    "direction": DIRECTIONS,
+    "normalize": NORMALIZERS,
+    "groups": (1, 2, 3),
+    "T": (0, 1, 37, 64, 257),
+    "widths": ((1, 1), (5, 3), (16, 16), (33, 48), (64, 64)),
+    "dtype": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    "packed": (False, True),
+    "state": (True, False),
+    "record": RECORDS,
+    "stride": (16, 48, 64),
+}
+SHORT = [Case(**row) for row in pairwise(AXES)]
+LONG = [
+    Case(T=1000, decay="channel", direction="causal", dtype=torch.bfloat16, groups=2),
+    Case(T=1000, decay="scalar", delta=True, direction="symmetric", record=RECORDS[3]),
+    Case(T=1000, decay="head", direction="source", normalize="sum", packed=True),
+    Case(T=1000, decay="channel", delta=True, direction="target", normalize="clamp"),
+    Case(T=1000, decay="none", normalize="sum", dtype=torch.bfloat16),
+]
+
+
+@functools.lru_cache(4)
+def gold(case):
+    return whole(case, "reference", double=True)
+
+
+@functools.lru_cache(4)
+def eager(case):
+    return whole(case, "eager")
+
+
+def compare(case, backend):
+    got = eager(case) if backend == "eager" else whole(case, backend)
+    check(case, backend, got, eager(case), gold(case))
+
+
+@pytest.mark.parametrize("backend", PRESENT)
+@pytest.mark.parametrize("case", SHORT + LONG, ids=str)
+def test_pairs_of_the_grid(case, backend):
+    if takes(backend, case):
+        compare(case, backend)
+    else:
+        assert backend != "eager" and case.dtype not in NARROW, f"{backend} refuses {case}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "facts", list(itertools.product(DECAYS, (False, True), DIRECTIONS, NORMALIZERS)), ids=lambda facts: "-".join(map(str, facts))
+)
+def test_whole_grid(facts):
+    decay, delta, direction, normalize = facts
+    for T, dtype, groups in itertools.product((0, 1, 37, 64, 257), (torch.float64, *NARROW), (1, 3)):
+        case = Case(
+            decay=decay, delta=delta, direction=direction, normalize=normalize, T=T, dtype=dtype, groups=groups,
+            packed=T % 2 == 0, record=RECORDS[3], widths=(16, 16) if groups == 1 else (33, 48),
+        )  # fmt: skip
+        for backend in PRESENT:
+            if takes(backend, case):
+                compare(case, backend)
