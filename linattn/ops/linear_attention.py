@@ -75,7 +75,7 @@ def linear_attention(
     """
     normalizer = {False: "none", True: "sum"}.get(normalize, normalize)
     _check_shapes(q, k, v, log_decay, beta, cu_seqlens)
-    _check_options(causal, gating, log_decay, beta, normalizer, offset, scale, record, stride)
+    _check_options(causal, gating, log_decay, beta, normalizer, eps, offset, scale, record, stride)
     if check_values or (check_values is None and q.device.type == "cpu" and not torch.compiler.is_compiling()):
         _check_values(log_decay, cu_seqlens, q.shape[1])
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -125,6 +125,9 @@ def step(
     Returns o [B HQ V] and the new State; `state` itself is left as it was. Where a gradient is wanted it is `linear_attention` with T = 1.
     Raises ValueError for wrong ranks, shapes, dtypes and devices, as `linear_attention` does; values are not looked at.
     """
+    if not isinstance(state, tuple) or len(state) != 2:
+        raise ValueError(f"state must be a linattn.State(kv, z); got {type(state).__name__}")
+    _check_tensors({"q": q, "k": k, "v": v, "state.kv": state[0]}, {"log_decay": log_decay, "beta": beta, "state.z": state[1]})
     wants_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, log_decay, beta, *state)
     )
@@ -134,6 +137,9 @@ def step(
         if _step_is_plain(q, k, v, log_decay, beta, kv, z, normalizer):
             o, kv, z = torch.ops.linattn.step(q, k, v, log_decay, beta, kv, z, k.shape[-1] ** -0.5, normalizer, eps)
             return o, State(kv, None if normalizer == "none" else z)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3:
+            raise ValueError(f"{name} must be [B H {'V' if name == 'v' else 'K'}], of 3 dimensions: one token; got shape {tuple(x.shape)}")
     now = lambda x: x if x is None or x.ndim == 1 else x[:, None]
     o, new = linear_attention(
         now(q), now(k), now(v), now(log_decay), now(beta), normalize=normalize, eps=eps, scale=scale, offset=offset,
@@ -168,10 +174,18 @@ def _step_is_plain(q, k, v, log_decay, beta, kv, z, normalizer) -> bool:
     )
 
 
-def _check_shapes(q, k, v, log_decay, beta, cu_seqlens):
-    for name, x in (("q", q), ("k", k), ("v", v)):
+def _check_tensors(needed, optional):
+    for name, x in needed.items():
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
+    for name, x in optional.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor or None; got {type(x).__name__}")
+
+
+def _check_shapes(q, k, v, log_decay, beta, cu_seqlens):
+    _check_tensors({"q": q, "k": k, "v": v}, {"log_decay": log_decay, "beta": beta, "cu_seqlens": cu_seqlens})
+    for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must be [B T H {'V' if name == 'v' else 'K'}], of 4 dimensions; got shape {tuple(x.shape)}")
     B, T, HQ, K = q.shape
@@ -209,7 +223,7 @@ def _check_shapes(q, k, v, log_decay, beta, cu_seqlens):
             raise ValueError(f"{name} must be of a floating dtype; got {x.dtype}")
 
 
-def _check_options(causal, gating, log_decay, beta, normalizer, offset, scale, record, stride):
+def _check_options(causal, gating, log_decay, beta, normalizer, eps, offset, scale, record, stride):
     if gating is not None and gating not in GATINGS:
         raise ValueError(f"gating must be one of {list(GATINGS)}; got {gating!r}")
     if causal and gating is not None:
@@ -220,14 +234,16 @@ def _check_options(causal, gating, log_decay, beta, normalizer, offset, scale, r
         )
     if normalizer not in NORMALIZERS:
         raise ValueError(f"normalize must be False, True, 'sum' or 'clamp'; got {normalizer!r}")
+    for name, x in (("eps", eps), ("offset", offset), ("scale", 1.0 if scale is None else scale)):
+        if not isinstance(x, (int, float)):
+            raise ValueError(f"{name} must be a number; got {type(x).__name__}")
     if scale is not None and offset and scale == 0:
         raise ValueError("scale must not be 0 where offset is given")
     if offset and (beta is not None or (log_decay is not None and log_decay.ndim == 4)):
         raise ValueError("offset has no meaning with beta or with a channel log_decay [B T H K]: a constant has no channel to decay in")
-    unknown = [name for name in record if name not in RECORDS]
-    if isinstance(record, str) or unknown:
+    if not isinstance(record, (tuple, list)) or any(name not in RECORDS for name in record):
         raise ValueError(f"record must be a sequence of names out of {list(RECORDS)}; got {record!r}")
-    if stride < 16 or stride % 16:
+    if not isinstance(stride, int) or stride < 16 or stride % 16:
         raise ValueError(f"stride must be a positive multiple of 16; got {stride}")
 
 
@@ -251,6 +267,7 @@ def _initial(state, normalizer, causal, shape, device, acc) -> tuple[Tensor, Ten
     if not isinstance(state, tuple) or len(state) != 2:
         raise ValueError(f"initial_state must be a linattn.State(kv, z); got {type(state).__name__}")
     kv, z = state
+    _check_tensors({"initial_state.kv": kv}, {"initial_state.z": z})
     wanted = shape if causal else lead
     dims = "B H K V" if causal else "2 B H K V"
     if kv.shape != wanted:
@@ -344,6 +361,10 @@ def _autograd(ctx, do, dkv, dz, _, dbkv, dbz, dwrites):
     return *grads, *([None] * (1 + len(ctx.rest)))
 
 
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError("linear_attention has no second derivative but with backend='reference'")
+
+
 _LIB.impl("forward", _forward, "CompositeExplicitAutograd")
 _LIB.impl("backward", _backward, "CompositeExplicitAutograd")
 _LIB.impl("step", _step, "CompositeExplicitAutograd")
@@ -351,3 +372,4 @@ torch.library.register_fake("linattn::forward", _forward_fake, lib=_LIB)
 torch.library.register_fake("linattn::backward", _backward_fake, lib=_LIB)
 torch.library.register_fake("linattn::step", _step_fake, lib=_LIB)
 torch.library.register_autograd("linattn::forward", _autograd, setup_context=_save, lib=_LIB)
+torch.library.register_autograd("linattn::backward", _no_second_derivative, lib=_LIB)
