@@ -1,0 +1,247 @@
+"""The command line: options become arguments, errors become one line. Nothing is computed here, nothing heavy imported before its use."""
+
+import shlex
+import signal
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+LENGTHS = "256,1024,4096,16384"
+
+
+class OneLineErrors(TyperGroup):
+    """What a user can set right is one line on stderr and exit code 2; `--traceback` shows where it came from."""
+
+    def invoke(self, ctx):
+        from .build import CannotBuild
+
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # `| head` is no error of ours
+            raise
+        except (ValueError, OSError, FloatingPointError, CannotBuild) as error:
+            if ctx.params.get("traceback"):
+                raise
+            Console(stderr=True).print(f"[bold red]error:[/] {_escape(error) or type(error).__name__}", highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=OneLineErrors, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Linear attention on one operator: train, generate, measure.", context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+MODEL, DATA, OPTIMISATION, MACHINE, RUN, SAMPLING = (
+    partial(typer.Option, rich_help_panel=panel) for panel in ("Model", "Data", "Optimisation", "Machine", "Run", "Sampling")
+)
+VARIANTS = "linear, retnet, lightning, mamba2, gla, delta, gated_delta, kda or softmax"
+Preset = Annotated[str | None, MODEL(help="Size: tiny, small, base, 350m or 1b.", show_default="tiny")]
+Variant = Annotated[str | None, MODEL(help=f"Attention: {VARIANTS}.", show_default="gla")]
+Threads = Annotated[int, MACHINE(help="CPU threads; 0: torch's default.")]
+Device = Annotated[str, MACHINE(help="auto, cpu, cuda, cuda:1, …")]
+Backend = Annotated[str, MACHINE(help="Backend of the operator; `linattn info` lists them.")]
+
+
+@app.callback()
+def root(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show the Python traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        from . import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    preset: Preset = None,
+    variant: Variant = None,
+    set_: Annotated[
+        list[str] | None, MODEL("--set", metavar="NAME=VALUE", help="Another field of the decoder's config; repeatable.")
+    ] = None,
+    data: Annotated[list[str] | None, DATA(help="Text file or directory; repeatable.", show_default="Python's library")] = None,
+    tokenizer: Annotated[str | None, DATA(help="bytes, or bpe (trained on the text).", show_default="bytes")] = None,
+    vocab_size: Annotated[int | None, DATA(help="Tokens of bpe.", show_default="4096")] = None,
+    held_out: Annotated[float | None, DATA(help="Share of the text to evaluate on.", show_default="0.05")] = None,
+    context: Annotated[int | None, DATA(help="Tokens in a window.", show_default="by preset")] = None,
+    batch: Annotated[int | None, DATA(help="Windows in a step.", show_default="by preset")] = None,
+    steps: Annotated[int | None, OPTIMISATION(help="Steps in all.", show_default="by preset")] = None,
+    lr: Annotated[float | None, OPTIMISATION(help="Highest learning rate.", show_default="by preset")] = None,
+    warmup: Annotated[int | None, OPTIMISATION(help="Steps in which the rate rises.", show_default="a tenth")] = None,
+    schedule: Annotated[str | None, OPTIMISATION(help="cosine, wsd, linear or constant.", show_default="cosine")] = None,
+    weight_decay: Annotated[float | None, OPTIMISATION(help="Of matrices only.", show_default="0.1")] = None,
+    clip: Annotated[float | None, OPTIMISATION(help="Largest gradient norm.", show_default="1.0")] = None,
+    seed: Annotated[int | None, OPTIMISATION(help="Of the start and the order.", show_default="0")] = None,
+    precision: Annotated[str | None, MACHINE(help="float32, or bfloat16 (autocast).", show_default="float32")] = None,
+    device: Annotated[str | None, MACHINE(help="auto, cpu, cuda, cuda:1, …", show_default="auto")] = None,
+    backend: Annotated[str | None, MACHINE(help="Backend of the operator; `linattn info` lists them.", show_default="auto")] = None,
+    threads: Annotated[int | None, MACHINE(help="CPU threads.", show_default="torch's default")] = None,
+    out: Annotated[Path | None, RUN(help="Folder of the run: config, log.csv, checkpoints.", show_default="runs/PRESET-VARIANT")] = None,
+    resume: Annotated[str, RUN(help="auto: go on with the run in --out; never: refuse to.")] = "auto",
+    eval_every: Annotated[int | None, RUN(help="Steps between evaluations.", show_default="a tenth")] = None,
+    save_every: Annotated[int | None, RUN(help="Steps between checkpoints.", show_default="a tenth")] = None,
+) -> None:
+    """Train a decoder on text, from nothing or from where it stopped.
+
+    Ctrl-C ends the step, saves, and prints the command that goes on.
+    A resumed run gives the losses of an uninterrupted one: on a CPU with the
+    same number of threads bit for bit. What is not given comes from the run
+    in --out, or else from the preset.
+    """
+    from .train import loop, recipes
+
+    out = out or Path("runs") / f"{preset or 'tiny'}-{variant or 'gla'}"
+    options: dict[str, Any] = dict(
+        preset=preset, variant=variant, overrides=_pairs(set_) or None, data=tuple(data) if data else None, tokenizer=tokenizer,
+        vocab_size=vocab_size, held_out=held_out, context=context, batch=batch, steps=steps, lr=lr, warmup=warmup, schedule=schedule,
+        weight_decay=weight_decay, clip=clip, seed=seed, precision=precision, device=device, backend=backend, threads=threads,
+        eval_every=eval_every, save_every=save_every,
+    )  # fmt: skip
+    base = (loop.saved_config(out) if resume == "auto" else None) or recipes.pretrain(preset or "tiny", variant or "gla", steps=steps)
+    config = replace(base, **{name: value for name, value in options.items() if value is not None})
+    again = f"{_program()} train --out {shlex.quote(str(out))} --resume auto"
+    run = loop.train(config, out, resume=resume, command=again, console=Console())
+    raise typer.Exit(130 if run.stopped_by == signal.SIGINT else 0)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a run, or one of its checkpoints.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from; empty: the start of a document.")] = "",
+    tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 256,
+    temperature: Annotated[float, SAMPLING(help="0: always the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, SAMPLING(help="Only the k likeliest tokens.", show_default="all")] = None,
+    top_p: Annotated[float | None, SAMPLING(help="Only the likeliest tokens of this total.", show_default="all")] = None,
+    seed: Annotated[int, SAMPLING(help="Of the choices.")] = 0,
+    threads: Threads = 0,
+    device: Device = "auto",
+    backend: Backend = "auto",
+) -> None:
+    """Go on from a prompt, written as it is generated, in constant memory for the linear variants."""
+    from .train import sample
+
+    sample.stream(
+        checkpoint, prompt, sys.stdout, say=_say_aside, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        threads=threads, device=device, backend=backend,
+    )  # fmt: skip
+
+
+@app.command()
+def bench(
+    preset: Preset = None,
+    variant: Annotated[list[str] | None, MODEL(help=f"Attention: {VARIANTS}; repeatable.", show_default="softmax, gla")] = None,
+    lengths: Annotated[str, typer.Option(help="Numbers of tokens T, with commas.")] = LENGTHS,
+    seconds: Annotated[float, typer.Option(help="Time spent on each figure; the longest T may take more.", min=0)] = 2.0,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the record.")] = None,
+    threads: Threads = 0,
+    device: Device = "auto",
+    backend: Backend = "auto",
+) -> None:
+    """Measure decoders against the number of tokens: forward + backward, generation, and the memory of each."""
+    from .info import facts
+    from .train import throughput
+
+    rows = throughput.table(
+        preset or "tiny", variant or ["softmax", "gla"], _integers("lengths", lengths, 2), seconds=seconds, threads=threads, device=device,
+        backend=backend, console=Console(),
+    )  # fmt: skip
+    if out:
+        throughput.save(out, rows, command=f"{_program()} {shlex.join(sys.argv[1:])}", **facts())
+
+
+@app.command()
+def demo(
+    steps: Annotated[int | None, typer.Option(help="Training steps of each decoder.", show_default="about a minute's")] = None,
+    lengths: Annotated[str, typer.Option(help="Numbers of tokens T to measure at, with commas.")] = LENGTHS,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for demo.png and demo.json.", show_default="bench/results in a checkout, else linattn-demo")
+    ] = None,
+    threads: Threads = 0,
+) -> None:
+    """Train a linear and a softmax decoder on real text, generate, measure both, and draw it: about three minutes on two cores."""
+    from .info import facts
+    from .train import demo as show
+
+    T, again = _integers("lengths", lengths, 2), f"{_program()} {shlex.join(sys.argv[1:])}"
+    raise typer.Exit(show.run(steps=steps, lengths=T, out=out, threads=threads, command=again, facts=facts(), console=Console()))
+
+
+@app.command()
+def info() -> None:
+    """Versions, devices, and which backends are there and why the others are not."""
+    from rich.table import Table
+
+    from .info import facts
+
+    table = Table(box=None, show_header=False)
+    for section, lines in facts().items():
+        table.add_row(f"[bold]{section}[/]")
+        for name, found in lines.items():
+            table.add_row(f"  {_escape(name)}", _escape(found))
+    Console().print(table, highlight=False)
+
+
+@app.command()
+def build() -> None:
+    """Compile the C++ kernels for the torch that is installed."""
+    from .build import build as compile_kernels
+
+    compile_kernels()
+
+
+def _program() -> str:
+    """How this program was called, as it can be typed again."""
+    name = Path(sys.argv[0]).name
+    return shlex.join([sys.executable, "-m", "linattn"]) if name in ("__main__.py", "-c") else shlex.quote(sys.argv[0])
+
+
+def _integers(name: str, text: str, least: int) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} must be whole numbers with commas between; got {text!r}") from None
+    if min(numbers) < least:
+        raise ValueError(f"{name} must be at least {least}; got {min(numbers)}")
+    return numbers
+
+
+def _pairs(texts: list[str] | None) -> dict[str, object]:
+    """name=value options; a value is an int, a float, true, false or text."""
+    pairs: dict[str, object] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise ValueError(f"set must be NAME=VALUE; got {text!r}")
+        pairs[name] = {"true": True, "false": False}.get(value, _number(value))
+    return pairs
+
+
+def _number(text: str) -> object:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _escape(text: object) -> str:
+    from rich.markup import escape
+
+    return escape(str(text))
+
+
+def _say_aside(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,30 @@
+"""Recipes: functions that return a full Config. What a preset needs of rate, window and batch stands here and nowhere else."""
+
+from .config import Config
+
+OF_PRESET = {  # context, batch, steps, lr: rates fall with width as in GPT-3's table 2.1, arXiv:2005.14165, raised for short runs
+    "tiny": (512, 8, 1000, 3e-3),
+    "small": (1024, 16, 5000, 1e-3),
+    "base": (2048, 32, 20000, 6e-4),
+    "350m": (2048, 128, 50000, 3e-4),
+    "1b": (4096, 128, 100000, 2e-4),
+}
+DEMO_STEPS = 400
+
+
+def pretrain(preset: str = "tiny", variant: str = "gla", *, steps: int | None = None) -> Config:
+    """A decoder of `preset` from nothing, on byte-level text, in `steps` steps or the preset's. ValueError lists the presets."""
+    if preset not in OF_PRESET:
+        raise ValueError(f"preset must be one of {list(OF_PRESET)}; got {preset!r}")
+    context, batch, usual, lr = OF_PRESET[preset]
+    steps = usual if steps is None else steps
+    tenth = max(1, steps // 10)
+    return Config(
+        preset=preset, variant=variant, context=context, batch=batch, steps=steps, lr=lr, warmup=min(tenth, 1000),
+        eval_every=min(tenth, 500), save_every=min(tenth, 500),
+    )  # fmt: skip
+
+
+def demo(variant: str, *, steps: int | None = None) -> Config:
+    """About a minute on two cores: the same numbers for every variant, so that the curves can be compared."""
+    return pretrain("tiny", variant, steps=steps or DEMO_STEPS)
