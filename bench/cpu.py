@@ -16,8 +16,8 @@ from .records import Memory, Record, Row, spread
 from .timing import Budget, take_turns
 
 PARTS = ("operator", "step", "memory")
-FULL = Budget(seconds=0.6, patience=8, cap=25)
-QUICK = Budget(seconds=0.05, least=2, most=200, patience=3, cap=4)
+FULL = Budget(seconds=0.6, patience=6, cap=25)
+QUICK = Budget(seconds=0.05, least=1, patience=1, cap=2.5)
 METHOD = (
     "Sides take turns (A B C A B C …, each round starting one side later). Quantiles are 20/50/80 of the samples.",
     "A time is one whole call. The allocation of fresh outputs and their release are in it; warm-up is not (a first call over 1 s counts).",
@@ -178,9 +178,12 @@ def _ratios(row: Row, rows: Sequence[Row]) -> dict[str, float]:
 def measure_memory(options: Options, missing: str | None) -> Iterator[Memory]:
     """Extra memory on the longest length for the three kinds of state update, and what a step allocates."""
     kinds = [form for form in ("scalar", "channel", "delta") if form in options.forms]
-    threads = options.threads[-1:] if options.quick else options.threads
+    steps = [form for form in STEP_FORMS if form in options.forms]
+    threads = options.threads
+    if options.quick:  # each figure is a process, which takes seconds to start
+        kinds, steps, threads = kinds[:1], steps[-1:], threads[-1:]
     wanted = [(form, call, max(options.lengths), n) for n, form, call in product(threads, kinds, CALLS)]
-    wanted += [(form, "step", STEPS[-1], options.threads[-1]) for form in STEP_FORMS if form in options.forms]
+    wanted += [(form, "step", STEPS[-1], threads[-1]) for form in steps]
     for form, call, size, n in wanted:
         yield memory.measure(form, call, size, n, "auto" if call == "step" else "cpu", missing)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 KEEP_FIRST = 1.0  # seconds: a first call this long is a sample, for what it warms up is small beside it
+WARM_UP = 0.1  # seconds: a first call shorter than this is no measure of the cost, two more are made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ def take_turns(sides: Sequence[Callable[[], object]], budget: Budget, clock: Cal
             first = _milliseconds(side, clock)
             slow = first >= 1e3 * KEEP_FIRST
             samples.append([first] if slow else [])
-            cost = first if slow else min(_milliseconds(side, clock) for _ in range(2))
+            cost = min(_milliseconds(side, clock) for _ in range(2)) if first < 1e3 * WARM_UP else first
             counts.append(budget.samples(cost / 1e3) - slow)
         for i in schedule(counts):
             samples[i].append(_milliseconds(sides[i], clock))
