@@ -24,9 +24,7 @@ def main() -> None:
 def cpu(
     quick: Annotated[bool, typer.Option("--quick", help="About a minute: up to 16k tokens, few samples.")] = False,
     threads: Annotated[list[int] | None, typer.Option(help="Numbers of threads; repeat for more.", show_default="1 and 2")] = None,
-    lengths: Annotated[
-        list[int] | None, typer.Option(help="Numbers of tokens; repeat for more.", show_default="256 to 65536, by fours")
-    ] = None,
+    lengths: Annotated[list[int] | None, typer.Option(help="Numbers of tokens; repeat for more.", show_default="256 to 65536")] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(help=f"Only these parts ({', '.join(on_cpu.PARTS)}) or forms ({', '.join(cases.FORMS)}); repeat for more."),
