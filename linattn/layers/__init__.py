@@ -1,0 +1,12 @@
+"""Parameters, features, decays and the operator put together: the attention layers and the parts beside them."""
+
+from .convolution import ShortConvolution
+from .features import FEATURES
+from .linear_attention import LayerState, LinearAttention
+from .mlp import SwiGLU
+from .softmax import SoftmaxAttention, SoftmaxState
+from .variants import VARIANTS, Variant
+
+__all__ = [
+    "FEATURES", "VARIANTS", "LayerState", "LinearAttention", "ShortConvolution", "SoftmaxAttention", "SoftmaxState", "SwiGLU", "Variant",
+]  # fmt: skip

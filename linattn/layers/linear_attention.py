@@ -1,0 +1,165 @@
+"""The only module that calls the operator: x → q, k, v, decay, beta → operator → gated norm → out, for every linear variant."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import State, linear_attention, step
+from .convolution import ShortConvolution
+from .decays import Place, gate_dtype
+from .features import FEATURES
+from .linear import Linear, residual_std, without_weight_decay
+from .norm import GatedRMSNorm
+from .packing import check_input, sequences, token_positions
+from .position import rotate, rotation
+from .variants import Variant, variant_of
+
+
+class LayerState(NamedTuple):
+    """What one layer remembers of B (or N packed) sequences. Its size does not grow with their length."""
+
+    recurrent: State  # kv [B H K V], z [B H K]
+    conv: Tensor | None  # [B channels width-1], where the variant has a short convolution
+    seen: Tensor | None  # [B] int64 tokens so far, where it has rotary positions
+
+
+class LinearAttention(nn.Module):
+    """Linear attention as `variant` says: a name in `linattn.VARIANTS`, or a `Variant` of your own.
+
+    num_kv_heads  heads of k, v, decay, beta and state; each serves num_heads / num_kv_heads query heads. None: num_heads
+    expand_k      K = dim · expand_k / num_heads, the width of one key head; V likewise by expand_v. None: the variant's
+    causal        False: every token sees every other, with the operator's `gating`, and there is no state. A short convolution stays causal
+    layer_idx     of num_layers: the place in the stack, which sets lightning's decays and the start of o_proj
+    backend       as in `linattn.linear_attention`
+
+        y, state = layer(x, return_state=True)        # prefill        x [B T dim]
+        y, state = layer(x, state)                    # any number of tokens more
+
+    Raises ValueError for a head width that is not whole, heads that do not divide, and an unknown variant.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        variant: str | Variant = "gla",
+        *,
+        num_kv_heads: int | None = None,
+        expand_k: float | None = None,
+        expand_v: float | None = None,
+        causal: bool = True,
+        gating: str | None = None,
+        layer_idx: int = 0,
+        num_layers: int = 1,
+        norm_eps: float = 1e-5,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.variant = v = variant_of(variant)
+        self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, kv_heads(num_heads, num_kv_heads)
+        if v.multi_value and self.num_kv_heads != num_heads:
+            raise ValueError(f"num_kv_heads must be None where one key serves all values (multi_value); got {num_kv_heads}")
+        if not 0 <= layer_idx < num_layers:
+            raise ValueError(f"layer_idx must lie in [0, num_layers={num_layers}); got {layer_idx}")
+        self.causal, self.gating, self.backend = causal, gating, backend
+        self.key_dim = K = head_width(dim, v.expand_k if expand_k is None else expand_k, num_heads, "expand_k")
+        self.value_dim = V = head_width(dim, v.expand_v if expand_v is None else expand_v, num_heads, "expand_v")
+        H = self.num_kv_heads
+
+        self.widths = [K if v.multi_value else num_heads * K, K if v.multi_value else H * K, H * V]
+        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, width) for width in self.widths)
+        self.conv = ShortConvolution(sum(self.widths), v.conv, bias=v.conv_bias) if v.conv else None
+        self.decay = v.decay(Place(dim, H, K, layer_idx, num_layers))
+        self.b_proj = Linear(dim, H) if v.delta else None
+        self.D = without_weight_decay(nn.Parameter(torch.ones(num_heads))) if v.skip else None
+        self.g_proj: nn.Module | None = Linear(dim, num_heads * V) if v.gate else None
+        if v.gate and v.gate_low_rank:
+            self.g_proj = nn.Sequential(Linear(dim, V), Linear(V, num_heads * V, bias=True))
+        self.norm = GatedRMSNorm(num_heads, V, across=v.norm, gate=v.gate, gate_first=v.gate_first, eps=norm_eps)
+        self.o_proj = Linear(num_heads * V, dim, std=residual_std(num_layers))
+
+    def extra_repr(self) -> str:
+        heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}"
+        return f"{self.dim}, {heads}, {self.variant.source}" + ("" if self.causal else f", causal=False, gating={self.gating!r}")
+
+    def forward(
+        self, x: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None, *, return_state: bool = False
+    ) -> tuple[Tensor, LayerState | None]:
+        """x [B T dim] → y [B T dim] and the state after it, which is None unless a state was given or return_state asks for one.
+
+        cu_seqlens [N+1] packs N sequences into x [1 T dim]; states are then those of N. A single token with a state and without gradients
+        takes the operator's `step`.
+        """
+        check_input(x, self.dim, cu_seqlens)
+        self._check_state(x, state, cu_seqlens, return_state)
+        keep, variant = return_state or state is not None, self.variant
+        recurrent, conv, seen = (None, None, None) if state is None else state
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.conv is not None:
+            qkv, conv = self.conv(torch.cat([q, k, v], -1), conv, cu_seqlens, return_state=keep)
+            q, k, v = qkv.split(self.widths, -1)
+        activation, feature = FEATURES[variant.activation], FEATURES[variant.feature]
+        q, k = (activation(t).unflatten(-1, (-1, self.key_dim)) for t in (q, k))  # [B T H K]
+        v = activation(v).unflatten(-1, (-1, self.value_dim))  # [B T H V]
+        if variant.rope:
+            positions = token_positions(x.shape[1], seen, cu_seqlens, x.device)
+            table = rotation(positions, self.key_dim, dtype=gate_dtype(x))
+            q, k = rotate(q, table), rotate(k, table)
+        q, k = feature(q), feature(k)
+        if variant.multi_value:
+            q, k = (t.expand(-1, -1, self.num_heads, -1) for t in (q, k))
+        log_decay, write = self.decay(x)
+        beta = None if self.b_proj is None else self.b_proj(x).to(gate_dtype(x)).sigmoid()
+        written = v if write is None else v * write[..., None].to(v.dtype)
+        o, recurrent = self._attend(q, k, written, log_decay, beta, recurrent, cu_seqlens, keep)
+        if self.D is not None:
+            o = o + self.D[:, None].to(v.dtype) * v
+        y = self.o_proj(self.norm(o, None if self.g_proj is None else self.g_proj(x)))
+        return y, LayerState(recurrent, conv, self._seen(x, seen, cu_seqlens)) if keep else None
+
+    def _attend(self, q, k, v, log_decay, beta, state, cu_seqlens, keep):
+        how = dict(normalize=self.variant.normalize, scale=self.variant.scale, backend=self.backend)
+        if q.shape[1] == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled():
+            now = lambda t: t if t is None or t.ndim == 1 else t[:, 0]
+            o, state = step(now(q), now(k), now(v), now(log_decay), now(beta), state=state, **how)
+            return o[:, None], state
+        return linear_attention(
+            q, k, v, log_decay, beta, causal=self.causal, gating=self.gating,
+            initial_state=state, return_state=keep, cu_seqlens=cu_seqlens, **how,
+        )  # fmt: skip
+
+    def _seen(self, x, seen, cu_seqlens):
+        if not self.variant.rope:
+            return None
+        seen = torch.zeros(sequences(x, cu_seqlens), dtype=torch.int64, device=x.device) if seen is None else seen
+        return seen + (x.shape[1] if cu_seqlens is None else cu_seqlens.diff())
+
+    def _check_state(self, x, state, cu_seqlens, return_state):
+        if not self.causal and (return_state or state is not None):
+            raise ValueError("a state needs causal=True: nothing comes before or after a sequence that is seen from both sides")
+        if state is None:
+            return
+        if not isinstance(state, LayerState):
+            raise ValueError(f"state must be the LayerState this layer returned; got {type(state).__name__}")
+        for name, part, has in (("conv", state.conv, self.conv is not None), ("seen", state.seen, self.variant.rope)):
+            if (part is not None) != has:
+                raise ValueError(f"state is of another variant: its {name} must be {'given' if has else 'None'}; got the opposite")
+        if state.seen is not None and state.seen.shape != (sequences(x, cu_seqlens),):
+            raise ValueError(f"state must be of {sequences(x, cu_seqlens)} sequences; got {tuple(state.seen.shape)}")
+
+
+def kv_heads(num_heads: int, num_kv_heads: int | None) -> int:
+    """num_kv_heads, or num_heads where it is None. ValueError unless both are at least 1 and the one divides the other."""
+    count = num_heads if num_kv_heads is None else num_kv_heads
+    if num_heads < 1 or count < 1 or num_heads % count:
+        raise ValueError(f"num_heads must be a positive multiple of num_kv_heads; got num_heads={num_heads}, num_kv_heads={num_kv_heads}")
+    return count
+
+
+def head_width(dim: int, expand: float, num_heads: int, name: str) -> int:
+    """dim · expand / num_heads. ValueError unless that is a whole number, at least 1."""
+    width = dim * expand / num_heads
+    if width < 1 or width != int(width):
+        raise ValueError(f"dim · {name} / num_heads must be whole, the width of a head; got {dim} · {expand} / {num_heads} = {width:g}")
+    return int(width)
