@@ -53,7 +53,7 @@ class CannotBuild(RuntimeError):
 
 def sources() -> Path | None:
     """csrc/, beside the package in a checkout, inside it where it was installed."""
-    return next((place for place in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if (place / "cpu").is_dir()), None)
+    return next((place for place in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if (place / UNITS[0].source).is_file()), None)
 
 
 def compiler() -> str | None:
@@ -61,7 +61,7 @@ def compiler() -> str | None:
 
 
 def torch_home() -> Path | None:
-    """The torch to build against: the one this interpreter would import, else the one it installs beside (pip hides that from an isolated build)."""
+    """The torch to build against: what this interpreter would import, else what lies where it installs (hidden from pip's isolated build)."""
     spec = importlib.util.find_spec("torch")
     places = [Path(spec.origin).parent] if spec and spec.origin else []
     places += [Path(sysconfig.get_path(kind), "torch") for kind in ("purelib", "platlib")] + [Path(site.getusersitepackages(), "torch")]
@@ -96,7 +96,7 @@ def units() -> list[Unit]:
 
 
 def flags_of(unit: Unit, home: Path, sanitize: bool = False) -> list[str]:
-    """Every flag that a unit is compiled with. The one without an instruction set gets the others' names, best first: LINATTN_EACH_ISA(X)."""
+    """Every flag a unit is compiled with. The one without an instruction set gets the names of all, best first: LINATTN_EACH_ISA(X)."""
     isas = [other.isa for other in units() if other.isa]
     named = f"-DLINATTN_ISA={unit.isa}" if unit.isa else f"-DLINATTN_EACH_ISA(X)={' '.join(f'X({isa})' for isa in reversed(isas))}"
     target = f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}{0:012x}"
@@ -118,13 +118,13 @@ def _digest(*parts: str | bytes) -> str:
 
 
 @contextmanager
-def _cache(tree: Path) -> Iterator[Path]:
+def cache() -> Iterator[Path]:
     """Where objects are kept by the hash of all that went into them: build/ of a checkout, nowhere for an installed package."""
-    if tree.parent == PACKAGE:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
+    if (PACKAGE / "csrc").is_dir():
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
     else:
-        folder = tree.parent / "build" / "cpu"
+        folder = PACKAGE.parent / "build" / "cpu"
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
 
@@ -140,43 +140,52 @@ def _whole(target: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def build(library: Path = LIBRARY, *, sanitize: bool = False, say: Callable[[str], None] = print) -> Path:
-    """Compiles what changed, two units at a time, links, and puts the library at `library`. CannotBuild says what is in the way."""
-    start, reason = time.monotonic(), why_not()
-    tree, cxx, home = sources(), compiler(), torch_home()
-    if reason or tree is None or cxx is None or home is None:
+def _parts() -> tuple[Path, str, Path]:
+    """Sources, compiler and torch; CannotBuild says which is missing."""
+    if reason := why_not():
         raise CannotBuild(reason)
-    if not os.access(library.parent, os.W_OK):
-        raise CannotBuild(f"{library.parent} cannot be written")
+    tree, cxx, home = sources(), compiler(), torch_home()
+    assert tree and cxx and home, "why_not() has looked for them"
+    return tree, cxx, home
+
+
+def compile_units(folder: Path, sanitize: bool = False) -> dict[Path, bool]:
+    """Object of every unit, in the order to link them -> whether it had to be compiled now. Two at a time."""
+    tree, cxx, home = _parts()
     headers = [path.read_bytes() for path in sorted(tree.rglob("*.h"))]
     common = [subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout, torch_version(home)]
 
-    with _cache(tree) as cache:
+    def compile_unit(unit: Unit) -> tuple[Path, bool]:
+        flags = flags_of(unit, home, sanitize)
+        key = _digest(*common, *flags, (tree / unit.source).read_bytes(), *headers)
+        target = folder / f"{unit.isa or 'bindings'}-{key}.o"
+        if fresh := not target.exists():
+            with _whole(target) as part:
+                _run([cxx, *flags, "-c", unit.source, "-o", str(part)], tree)
+        return target, fresh
 
-        def compile_unit(unit: Unit) -> tuple[Path, bool]:
-            flags = flags_of(unit, home, sanitize)
-            key = _digest(*common, *flags, (tree / unit.source).read_bytes(), *headers)
-            target = cache / f"{unit.isa or 'bindings'}-{key}.o"
-            if fresh := not target.exists():
-                with _whole(target) as part:
-                    _run([cxx, *flags, "-c", unit.source, "-o", str(part)], tree)
-            return target, fresh
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        return dict(pool.map(compile_unit, units()))
 
-        with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-            objects = list(pool.map(compile_unit, units()))
-        names = [str(path) for path, _ in objects]
-        linked = cache / f"libcpu-{_digest(*map(os.path.basename, names))}.so"
+
+def build(library: Path = LIBRARY, *, sanitize: bool = False, say: Callable[[str], None] = print) -> Path:
+    """Compiles what changed, links, and puts the library at `library`. CannotBuild says what is in the way."""
+    start = time.monotonic()
+    tree, cxx, home = _parts()
+    if not os.access(library.parent, os.W_OK):
+        raise CannotBuild(f"{library.parent} cannot be written")
+    with cache() as folder:
+        objects = compile_units(folder, sanitize)
+        linked = folder / f"libcpu-{_digest(*(path.name for path in objects))}.so"
         if not linked.exists():
             with _whole(linked) as part:  # torch's library by name alone: at run time it is open already
-                flags = SANITIZE[-2:] if sanitize else ()
-                _run([cxx, "-shared", *names, *flags, f"-L{home / 'lib'}", "-ltorch_cpu", "-o", str(part)], tree)
+                flags = [*(SANITIZE[-2:] if sanitize else ()), f"-L{home / 'lib'}", "-ltorch_cpu"]
+                _run([cxx, "-shared", *map(str, objects), *flags, "-o", str(part)], tree)
         if changed := not (library.exists() and filecmp.cmp(linked, library, shallow=False)):
             with _whole(library) as part:
                 shutil.copyfile(linked, part)
-    compiled = sum(fresh for _, fresh in objects)
-    say(
-        f"{library.name}: {f'{compiled} of {len(objects)} units compiled in {time.monotonic() - start:.0f} s' if changed else 'up to date'}"
-    )
+    compiled, seconds = sum(objects.values()), time.monotonic() - start
+    say(f"{library.name}: {f'{compiled} of {len(objects)} units compiled in {seconds:.0f} s' if changed else 'up to date'}")
     return library
 
 
