@@ -81,4 +81,4 @@ def _step(form: str, states: int, backend: str) -> dict:
 if __name__ == "__main__":
     form, call, size, threads, backend = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    print(json.dumps((_step if call == "step" else _run)(form, call, int(size), backend)))
+    print(json.dumps(_step(form, int(size), backend) if call == "step" else _run(form, call, int(size), backend)))

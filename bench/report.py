@@ -10,6 +10,7 @@ from .cases import CALLS, FORMS
 from .checks import MIB, threads_of
 from .records import Check, Record, Row
 
+REASONS = 3  # why something was not measured: as many as the console is told
 SHORT = {"eager": "e", "sdpa": "s", "float32": "f"}
 
 
@@ -98,8 +99,10 @@ def print_checks(checks: Sequence[Check], console: Console) -> None:
         if check.verdict == "fail":
             console.print(Text(failure(check), style["fail"]))
     reasons = dict.fromkeys(missing.split(": ", 1)[1] for check in checks for missing in check.missing)
-    for reason in reasons:
+    for reason in list(reasons)[:REASONS]:
         console.print(Text(f"not measured: {reason}", style["not measured"]))
+    if len(reasons) > REASONS:
+        console.print(Text(f"and {len(reasons) - REASONS} more reasons, which the record holds", style["not measured"]))
     console.print(verdicts(checks))
 
 

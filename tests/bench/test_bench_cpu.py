@@ -189,5 +189,13 @@ def test_memory_of_a_call_is_seen():
     assert one.extra > one.outputs  # eager holds the output in chunks and the state of every chunk at least
 
 
+@pytest.mark.skipif(not memory.CLEAR.exists(), reason="resident memory is read from /proc")
+def test_memory_of_a_step_is_counted_to_the_byte():
+    one = memory.measure("scalar", "step", 16, 1, "eager")
+    assert one.skipped is None
+    assert one.outputs == 4 * (16 * 64 * 64 + 16 * 64)  # the states and o
+    assert one.extra > 0  # eager makes temporaries
+
+
 def test_memory_that_cannot_be_measured_has_a_reason():
     assert memory.measure("scalar", "forward", 256, 1, "nonesuch").skipped.startswith("ValueError: backend must be")
