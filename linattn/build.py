@@ -61,7 +61,7 @@ def compiler() -> str | None:
 
 
 def torch_home() -> Path | None:
-    """The torch to build against: what this interpreter would import, else what lies where it installs (hidden from pip's isolated build)."""
+    """The torch to build against: what this interpreter would import, else what it installs beside (which pip hides from a build)."""
     spec = importlib.util.find_spec("torch")
     places = [Path(spec.origin).parent] if spec and spec.origin else []
     places += [Path(sysconfig.get_path(kind), "torch") for kind in ("purelib", "platlib")] + [Path(site.getusersitepackages(), "torch")]
