@@ -139,6 +139,11 @@ def whole(case: Case, backend: str, *, double: bool = False, seed: int = 0) -> d
     return {name: x.detach() for name, x in (out | found).items()}
 
 
+def worst(error: torch.Tensor) -> tuple[int, ...]:
+    """Index of the largest error; a NaN is the largest."""
+    return tuple(int(i) for i in torch.unravel_index(error.nan_to_num(torch.inf).argmax(), error.shape))
+
+
 def check(case: Case, backend: str, got: dict, eager: dict, gold: dict) -> None:
     """|got − gold| ≤ 2·|eager − gold| + (FLOOR · eps(accumulator) + eps(dtype)) · size, everywhere; eager itself: the floor alone.
 
@@ -162,10 +167,10 @@ def check(case: Case, backend: str, got: dict, eager: dict, gold: dict) -> None:
         size = max(true.abs().max().item(), incoming if name.startswith("d") else 0.0)
         allowed = eps * size + (0 if got is eager else 2 * its.max().item())
         if not error.max().item() <= allowed:  # not ≤ rather than >: NaN fails too
-            at = tuple(int(i) for i in torch.unravel_index(error.nan_to_num(torch.inf).argmax(), error.shape))
+            at = worst(error)
             failures.append(
-                f"{name}{list(at)}: {backend} {mine[at].item():.9g}, gold {true[at].item():.9g}, error {error[at].item():.3g} > {allowed:.3g}; "
-                f"eager's error there {its[at].item():.3g}, at its worst {its.max().item():.3g}; max|gold| {true.abs().max().item():.3g}"
+                f"{name}{list(at)}: {backend} {mine[at].item():.9g}, gold {true[at].item():.9g}, error {error[at].item():.3g} "
+                f"> {allowed:.3g}; eager's error there {its[at].item():.3g}, its worst {its.max().item():.3g}; size {size:.3g}"
             )
     assert not failures, f"{case}\n" + "\n".join(failures)
 
@@ -177,7 +182,7 @@ def agree(a: torch.Tensor, b: torch.Tensor, what: str = "", slack: int = FLOOR) 
         return
     error, allowed = (a - b).abs(), slack * torch.finfo(a.dtype).eps * b.abs().max().item()
     if not error.max().item() <= allowed:
-        at = tuple(int(i) for i in torch.unravel_index(error.nan_to_num(torch.inf).argmax(), error.shape))
+        at = worst(error)
         raise AssertionError(f"{what}{list(at)}: {a[at].item():.9g} and {b[at].item():.9g}, apart {error[at].item():.3g} > {allowed:.3g}")
 
 
@@ -185,7 +190,7 @@ def pairwise(axes: dict[str, tuple], seed: int = 0) -> list[dict]:
     """A few rows of values in which any value of one axis meets any value of another at least once; greedy, from a seed."""
     draw = random.Random(seed)
     pairs = lambda row: set(itertools.combinations(row.items(), 2))
-    todo = set().union(*(pairs(dict(zip((a, b), xy))) for a, b in itertools.combinations(axes, 2) for xy in itertools.product(axes[a], axes[b])))
+    todo = {((a, x), (b, y)) for a, b in itertools.combinations(axes, 2) for x in axes[a] for y in axes[b]}
     rows = []
     while todo:
         missing = dict(min(todo, key=repr))
