@@ -1,9 +1,78 @@
-"""Backend `cpu`: the C++ kernels of csrc/cpu, reached by operator name."""
+"""Backend `cpu`: the C++ kernels of csrc/cpu, reached by operator name once their library is loaded."""
 
-from .form import Call
+from functools import cache
+
+import torch
+
+from .form import GATINGS, NORMALIZERS, Call, Form
 
 NAME = "cpu"
 
+_LIB = torch.library.Library("linattn", "FRAGMENT")
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor kv, Tensor z, Tensor? cu_seqlens"
+_FORM = "float scale, bool causal, int gating, int normalize, float eps, int stride"
+_SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_LIB.define(f"cpu_forward({_INPUTS}, {_FORM}, bool writes) -> {_SEVEN}")
+_LIB.define(
+    f"cpu_backward(Tensor do, Tensor dkv, Tensor dz, Tensor? dbkv, Tensor? dbz, Tensor? dwrites, {_INPUTS}, Tensor o, Tensor d, {_FORM}) -> {_SEVEN}"
+)
+_LIB.define(
+    "cpu_step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor kv, Tensor? z, "
+    "float scale, int normalize, float eps) -> (Tensor, Tensor, Tensor)"
+)
+_LIB.define("isa(str? use=None) -> str")
+
+
+@cache
+def load() -> str | None:
+    """Load the library, once; the reason if it cannot be."""
+    from .. import build
+
+    path = build.LIBRARY
+    if not path.exists():
+        return f"its library is not built ({build.why_not() or 'run `linattn build`'})"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"its library does not load: {error}"
+    return None
+
 
 def why_not(call: Call) -> str | None:
-    return "the library is not built: run `linattn build`"
+    if call.device != "cpu":
+        return f"device={call.device}, not cpu"
+    if call.dtype not in (torch.float32, torch.bfloat16):
+        return f"dtype={str(call.dtype).removeprefix('torch.')}, neither float32 nor bfloat16"
+    return load()
+
+
+def _rows(x):
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _ready(q, k, v, log_decay, beta, kv, z, cu_seqlens):
+    plain = (None if x is None else x.contiguous() for x in (log_decay, beta, kv, z, cu_seqlens))
+    return _rows(q), _rows(k), _rows(v), *plain
+
+
+def _codes(form: Form):
+    return form.scale, form.causal, GATINGS.index(form.gating), NORMALIZERS.index(form.normalize), form.eps, form.stride
+
+
+def forward(*args):
+    *tensors, form = args
+    return torch.ops.linattn.cpu_forward(*_ready(*tensors), *_codes(form), form.writes)
+
+
+def backward(do, dkv, dz, dbkv, dbz, dwrites, *rest):
+    *tensors, o, d, form = rest
+    q, k, v, log_decay, beta, kv, z, cu_seqlens = _ready(*tensors)
+    plain = [None if x is None else x.contiguous() for x in (dkv, dz, dbkv, dbz, dwrites)]
+    grads = torch.ops.linattn.cpu_backward(_rows(do), *plain, q, k, v, log_decay, beta, kv, z, cu_seqlens, o, d, *_codes(form))
+    dq, dk, dv, dg, dbeta, dkv, dz = grads
+    if log_decay is None:
+        dg = None
+    else:  # [directions B T H (K)], summed to the shape of log_decay
+        dg = dg.sum((0, 1, 2)) if log_decay.ndim == 1 else dg[0] if form.causal else dg.sum(0)
+    dbeta = None if beta is None else dbeta[0] if form.causal else dbeta.sum(0)
+    return dq, dk, dv, dg, dbeta, dkv, dz

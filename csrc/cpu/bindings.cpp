@@ -1,0 +1,270 @@
+// The only file that knows torch: allocates outputs, cuts the work, picks the instruction set. Shapes were checked by ops/linear_attention.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "args.h"
+
+namespace linattn {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+bool runs(const Kernels& k) {
+  const std::string isa = k.isa;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (isa == "avx512")
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq");
+  if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+  return isa == "plain";
+}
+
+// The widest kernels that this machine runs, or those named; null where it cannot run those.
+const Kernels* find(const std::string& name) {
+#define LINATTN_TRY(isa) \
+  if ((name.empty() || name == #isa) && runs(isa::kernels)) return &isa::kernels;
+  LINATTN_EACH_ISA(LINATTN_TRY)
+#undef LINATTN_TRY
+  return nullptr;
+}
+
+const Kernels*& chosen() {
+  static const Kernels* best = find("");
+  return best;
+}
+const Kernels& kernels() { return *chosen(); }
+
+// Large fresh outputs are mostly page faults: ask for huge pages before the first touch.
+void* fresh(const Tensor& x) {
+  char* p = static_cast<char*>(x.mutable_data_ptr());
+#if defined(__linux__)
+  constexpr uintptr_t page = uintptr_t(1) << 21;
+  const size_t bytes = size_t(x.numel()) * x.element_size();
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + page - 1) & ~(page - 1), end = (reinterpret_cast<uintptr_t>(p) + bytes) & ~(page - 1);
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return p;
+}
+
+Tensor make(const Tensor& like, std::vector<int64_t> shape, std::optional<ScalarType> type = ScalarType::Float) {
+  return torch::stable::new_empty(like, shape, type);
+}
+float* floats(const Tensor& x) { return static_cast<float*>(fresh(x)); }
+const float* read(const Maybe& x) { return x ? x->const_data_ptr<float>() : nullptr; }
+const float* read(const Tensor& x) { return x.const_data_ptr<float>(); }
+
+Rows rows_of(const Tensor& x) {
+  return {static_cast<char*>(const_cast<void*>(x.const_data_ptr())), x.scalar_type() == ScalarType::BFloat16, x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// A thread's scratch outlives the call, so that its pages are faulted in once.
+struct Buffer {
+  float* p = nullptr;
+  size_t size = 0;
+  float* at_least(size_t floats) {
+    if (floats > size) {
+      std::free(p);
+      size = (floats + 4095) & ~size_t(4095);
+      p = static_cast<float*>(std::aligned_alloc(4096, size * sizeof(float)));
+    }
+    return p;
+  }
+  ~Buffer() { std::free(p); }
+};
+
+// Run every job once. Jobs go to whichever thread is free; no result depends on which.
+template <class F>
+void run(int64_t jobs, size_t scratch, F&& job) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), jobs);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    thread_local Buffer buffer;
+    float* s = buffer.at_least(scratch);
+    for (int64_t i; (i = next.fetch_add(1)) < jobs;) job(i, s);
+  });
+}
+
+struct Ends {  // cu_seqlens in the width the kernels read
+  std::vector<int64_t> at;
+  explicit Ends(const Maybe& cu) {
+    if (!cu) return;
+    for (int64_t i = 0; i < cu->numel(); ++i)
+      at.push_back(cu->scalar_type() == ScalarType::Int ? cu->const_data_ptr<int32_t>()[i] : cu->const_data_ptr<int64_t>()[i]);
+  }
+};
+
+void describe(Call& a, const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& g, const Maybe& beta, const Tensor& kv, const Tensor& z,
+              const Ends& ends, double scale, bool causal, int64_t gating, int64_t normalize, double eps, int64_t stride) {
+  a.B = q.size(0), a.T = q.size(1), a.H = k.size(2), a.G = q.size(2) / a.H, a.K = q.size(3), a.V = v.size(3);
+  a.sequences = ends.at.empty() ? a.B : int64_t(ends.at.size()) - 1;
+  a.ends = ends.at.empty() ? nullptr : ends.at.data();
+  a.decay = !g ? NONE : g->dim() == 1 ? HEAD : g->dim() == 3 ? SCALAR : CHANNEL;
+  a.gating = Gating(gating), a.normalize = Normalize(normalize), a.causal = causal, a.delta = beta.has_value();
+  a.scale = float(scale), a.eps = float(eps);
+  a.stride = stride;
+  a.rows = stride == 0 ? 0 : a.sequences == 1 || !a.ends ? (a.T + stride - 1) / stride : a.T / stride + a.sequences;
+  a.q = rows_of(q), a.k = rows_of(k), a.v = rows_of(v);
+  a.g = read(g), a.beta = read(beta), a.kv = read(kv), a.z = read(z);
+  // Fewer heads than threads: cut time too. The delta rule's states do not add up over segments; recorded boundaries want one walk.
+  const int64_t heads = a.sequences * a.H, threads = torch::stable::get_num_threads();
+  a.segments = a.delta || stride || heads == 0 || heads >= threads ? 1 : int((threads + heads - 1) / heads);
+  if (a.T < 4 * ANCHOR * a.segments) a.segments = 1;
+}
+
+struct Segments {  // what each segment adds, then what enters it
+  std::vector<float> kv, z, fade;
+  explicit Segments(const Call& a) {
+    if (a.segments == 1) return;
+    const size_t n = size_t(a.causal ? 1 : 2) * a.sequences * a.H * a.segments * a.K;
+    kv.resize(n * a.V), z.resize(n), fade.resize(n);
+  }
+  // In the order in which `towards` meets the segments, turn the sums each adds into the states that enter each.
+  void enter(const Call& a, const float* kv0, const float* z0, const float* fades, bool backward) {
+    const int64_t n = a.segments, heads = a.sequences * a.H, KV = a.K * a.V;
+    for (int64_t d = 0; d < (a.causal ? 1 : 2); ++d)
+      for (int64_t h = d * heads; h < (d + 1) * heads; ++h) {
+        std::vector<float> S(kv0 + h * KV, kv0 + (h + 1) * KV), Z(z0 + h * a.K, z0 + (h + 1) * a.K);
+        const bool from_end = (d == 1) != backward;
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t at = h * n + (from_end ? n - 1 - i : i);
+          for (int64_t c = 0; c < a.K; ++c) {
+            const float fade = fades[at * a.K + c];
+            float& z_in = z[at * a.K + c];
+            const float z_next = fade * Z[c] + z_in;
+            z_in = Z[c], Z[c] = z_next;
+            for (int64_t j = 0; j < a.V; ++j) {
+              float& in = kv[at * KV + c * a.V + j];
+              const float next = fade * S[c * a.V + j] + in;
+              in = S[c * a.V + j], S[c * a.V + j] = next;
+            }
+          }
+        }
+      }
+  }
+};
+
+Job job_of(const Call& a, int64_t i) { return {i / (a.H * a.segments), i / a.segments % a.H, i % a.segments}; }
+
+using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Seven forward(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& g, const Maybe& beta, const Tensor& kv, const Tensor& z,
+              const Maybe& cu, double scale, bool causal, int64_t gating, int64_t normalize, double eps, int64_t stride, bool writes) {
+  const Ends ends(cu);
+  Forward a;
+  describe(a, q, k, v, g, beta, kv, z, ends, scale, causal, gating, normalize, eps, stride);
+  const int64_t D = causal ? 1 : 2;
+  const bool normal = normalize != PLAIN;
+  Tensor o = make(q, {a.B, a.T, a.H * a.G, a.V}, std::nullopt);
+  Tensor kv_out = make(q, {D, a.sequences, a.H, a.K, a.V});
+  Tensor z_out = normal ? make(q, {D, a.sequences, a.H, a.K}) : make(q, {0});
+  Tensor d = normal ? make(q, {a.B, a.T, a.H * a.G}) : make(q, {0});
+  Tensor bkv = torch::stable::new_zeros(q, {D, a.B, a.rows, a.H, a.K, a.V}, ScalarType::Float);
+  Tensor bz = torch::stable::new_zeros(q, {D, a.B, normal ? a.rows : 0, a.H, a.K}, ScalarType::Float);
+  Tensor u = make(q, {D, a.B, writes ? a.T : 0, a.H, a.V});
+  fresh(o);
+  a.o = rows_of(o);
+  a.kv_out = floats(kv_out), a.z_out = floats(z_out), a.d = floats(d);
+  a.bkv = stride ? floats(bkv) : nullptr, a.bz = floats(bz), a.u = writes ? floats(u) : nullptr;
+  Segments seg(a);
+  a.seg_kv = seg.kv.data(), a.seg_z = seg.z.data(), a.seg_fade = seg.fade.data();
+  const int64_t jobs = a.sequences * a.H * a.segments;
+  const size_t scratch = kernels().scratch(a, false);
+  if (a.segments > 1) {
+    run(jobs, scratch, [&](int64_t i, float* s) { kernels().forward_aggregate(a, job_of(a, i), s); });
+    seg.enter(a, a.kv, a.z, a.seg_fade, false);
+  }
+  run(jobs, scratch, [&](int64_t i, float* s) { kernels().forward(a, job_of(a, i), s); });
+  return {o, kv_out, z_out, d, bkv, bz, u};
+}
+
+// Gradients of q, k, v, log_decay and beta (with a leading axis of directions), kv, z.
+Seven backward(const Tensor& grad, const Tensor& dkv_out, const Tensor& dz_out, const Maybe& dbkv, const Maybe& dbz, const Maybe& du,
+               const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& g, const Maybe& beta, const Tensor& kv, const Tensor& z,
+               const Maybe& cu, const Tensor& o, const Tensor& d, double scale, bool causal, int64_t gating, int64_t normalize, double eps,
+               int64_t stride) {
+  const Ends ends(cu);
+  Backward a;
+  describe(a, q, k, v, g, beta, kv, z, ends, scale, causal, gating, normalize, eps, stride);
+  const int64_t D = causal ? 1 : 2;
+  Tensor dq = make(q, {a.B, a.T, a.H * a.G, a.K}, std::nullopt), dk = make(q, {a.B, a.T, a.H, a.K}, std::nullopt);
+  Tensor dv = make(q, {a.B, a.T, a.H, a.V}, std::nullopt);
+  Tensor dg = !g ? make(q, {0}) : a.decay == CHANNEL ? make(q, {D, a.B, a.T, a.H, a.K}) : make(q, {D, a.B, a.T, a.H});
+  Tensor dbeta = beta ? make(q, {D, a.B, a.T, a.H}) : make(q, {0});
+  Tensor dkv = make(q, {D, a.sequences, a.H, a.K, a.V}), dz = make(q, {D, a.sequences, a.H, a.K});
+  for (const Tensor& x : {dq, dk, dv}) fresh(x);
+  a.o = rows_of(o), a.grad = rows_of(grad), a.dq = rows_of(dq), a.dk = rows_of(dk), a.dv = rows_of(dv);
+  a.d = const_cast<float*>(read(d));
+  a.dkv_out = read(dkv_out), a.dz_out = read(dz_out), a.du = read(du);
+  a.dbkv = stride ? read(dbkv) : nullptr, a.dbz = dbz && dbz->numel() ? read(dbz) : nullptr;
+  a.bkv = nullptr, a.u = nullptr;
+  a.dg = floats(dg), a.dbeta = floats(dbeta), a.dkv = floats(dkv), a.dz = floats(dz);
+  Segments seg(a), dseg(a);
+  a.seg_kv = seg.kv.data(), a.seg_z = seg.z.data(), a.seg_fade = seg.fade.data(), a.seg_dkv = dseg.kv.data(), a.seg_dz = dseg.z.data();
+  const int64_t jobs = a.sequences * a.H * a.segments;
+  const size_t scratch = kernels().scratch(a, true);
+  if (a.segments > 1) {
+    run(jobs, scratch, [&](int64_t i, float* s) {
+      kernels().forward_aggregate(a, job_of(a, i), s);
+      kernels().backward_aggregate(a, job_of(a, i), s);
+    });
+    seg.enter(a, a.kv, a.z, a.seg_fade, false);
+    dseg.enter(a, a.dkv_out, a.dz_out, a.seg_fade, true);
+  }
+  run(jobs, scratch, [&](int64_t i, float* s) { kernels().backward(a, job_of(a, i), s); });
+  return {dq, dk, dv, dg, dbeta, dkv, dz};
+}
+
+std::tuple<Tensor, Tensor, Tensor> step(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& g, const Maybe& beta, const Tensor& kv,
+                                        const Maybe& z, double scale, int64_t normalize, double eps) {
+  Step a;
+  a.B = k.size(0), a.H = k.size(1), a.G = q.size(1) / a.H, a.K = k.size(2), a.V = v.size(2);
+  a.decay = !g ? NONE : g->dim() == 3 ? CHANNEL : SCALAR;
+  a.g_per_head = g && g->dim() == 1;
+  a.normalize = Normalize(normalize), a.bf16 = q.scalar_type() == ScalarType::BFloat16;
+  a.scale = float(scale), a.eps = float(eps);
+  a.q = q.const_data_ptr(), a.k = k.const_data_ptr(), a.v = v.const_data_ptr();
+  a.g = read(g), a.beta = read(beta), a.kv = read(kv), a.z = read(z);
+  Tensor o = make(q, {a.B, a.H * a.G, a.V}, std::nullopt), kv_out = make(q, {a.B, a.H, a.K, a.V});
+  Tensor z_out = normalize != PLAIN ? make(q, {a.B, a.H, a.K}) : make(q, {0});
+  a.o = o.mutable_data_ptr(), a.kv_out = floats(kv_out), a.z_out = floats(z_out);
+  const int64_t heads = a.B * a.H, grain = std::max<int64_t>(1, 65536 / (a.K * a.V));  // below 64k numbers a second thread costs more than it brings
+  torch::stable::parallel_for(0, heads, grain, [&](int64_t first, int64_t last) { kernels().step(a, first, last); });
+  return {o, kv_out, z_out};
+}
+
+// The instruction set in use; with a name, the one to use from now on.
+std::string isa(std::optional<std::string> use) {
+  if (use) {
+    const Kernels* other = find(*use);
+    if (!other) throw std::invalid_argument("use must name an instruction set built in and run by this machine; got '" + *use + "'");
+    chosen() = other;
+  }
+  return kernels().isa;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(linattn, CPU, m) {
+  m.impl("cpu_forward", TORCH_BOX(&forward));
+  m.impl("cpu_backward", TORCH_BOX(&backward));
+  m.impl("cpu_step", TORCH_BOX(&step));
+}
+STABLE_TORCH_LIBRARY_IMPL(linattn, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
+
+}  // namespace linattn

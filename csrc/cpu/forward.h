@@ -1,0 +1,200 @@
+// The forward walk over one head of one sequence, and what a segment of it adds to the state.
+#pragma once
+#include "chunk.h"
+
+namespace linattn::LINATTN_ISA {
+
+struct Tiles {
+  int Kp, Vp;
+  float *q, *k, *kT, *k_seen, *q_seen, *v, *u, *w, *P, *M, *o, *S, *z;
+  Gate gate;
+  Tiles(const Call& a, Scratch& s) : Kp(pad(a.K)), Vp(pad(a.V)) {
+    q = s.take(C * Kp), k = s.take(C * Kp), kT = s.take(C * Kp), k_seen = s.take(C * Kp), q_seen = s.take(C * Kp);
+    v = s.take(C * Vp), u = s.take(C * Vp), w = s.take(C * (Kp > Vp ? Kp : Vp)), o = s.take(C * Vp);
+    P = s.take(C * C), M = s.take(C * C);
+    S = s.take(size_t(Kp) * Vp), z = s.take(Kp);
+    gate.a = s.take(C * Kp), gate.seen_k = s.take(C * Kp), gate.kept_k = s.take(C * Kp), gate.across_k = s.take(Kp);
+  }
+  static size_t floats(const Call& a) {
+    const size_t Kp = pad(a.K), Vp = pad(a.V);
+    return C * (8 * Kp + 3 * Vp + (Kp > Vp ? Kp : Vp) + 2 * C) + Kp * Vp + 2 * Kp + 64;
+  }
+};
+
+// A job's span of its sequence, for one direction.
+INLINE Walk make_walk(const Call& a, Job job, int direction) {
+  Walk w;
+  w.h = job.h;
+  w.b = a.ends ? 0 : job.n;
+  int64_t first = a.ends ? a.ends[job.n] : 0, length = a.ends ? a.ends[job.n + 1] - first : a.T;
+  w.boundary = a.ends && a.stride ? first / a.stride + job.n : 0;
+  const int64_t piece = (length + a.segments - 1) / a.segments, whole = (piece + ANCHOR - 1) / ANCHOR * ANCHOR;
+  const int64_t begin = whole * job.segment < length ? whole * job.segment : length;
+  const int64_t end = begin + whole < length ? begin + whole : length;
+  w.first = first + begin;
+  w.length = end - begin;
+  w.direction = direction;
+  w.reverse = direction == 1;
+  w.leaving = !a.causal && (a.gating == SOURCE || (a.gating == SYMMETRIC && w.reverse));
+  w.own = a.causal ? 1.0f : 0.5f;
+  return w;
+}
+
+// Where the states of a (direction, sequence, head, segment) lie.
+INLINE int64_t state_index(const Call& a, const Walk& w, Job job) { return (w.direction * a.sequences + job.n) * a.H + job.h; }
+INLINE int64_t segment_index(const Call& a, const Walk& w, Job job) { return state_index(a, w, job) * a.segments + job.segment; }
+
+INLINE void load_chunk(const Call& a, const Walk& w, Tiles& s, int64_t p, int rows, Intra intra, bool right_leaving) {
+  load_rows(span(a.k, w, p, w.h), rows, int(a.K), 1.0f, s.k, s.Kp);
+  load_rows(span(a.v, w, p, w.h), rows, int(a.V), 1.0f, s.v, s.Vp);
+  set_gate(s.gate, a, w, p, rows, intra, right_leaving, s.Kp);
+}
+
+// write: u = beta (v − (faded S)ᵀ k − what earlier tokens of the chunk wrote), by M = beta_i (k_i·k_j) e^(ℓ_i − ℓ_j), strictly lower.
+// Leaves in A the same without beta, in w the bracket without the chunk's own part, for the gradients.
+STAGE void delta_write(const Call& a, const Walk& w, Tiles& s, int64_t p, int rows, float* beta, float* A) {
+  for (int r = 0; r < C; ++r) beta[r] = r < rows ? a.beta[(w.b * a.T + w.token(p + r)) * a.H + w.h] : 0.0f;
+  if (a.decay == CHANNEL) {
+    channel_products(s.k, s.kT, s.gate, w.leaving, s.Kp, 0.0f, A);
+    scale_tile(s.k, s.gate.seen_k, s.k_seen, s.Kp);
+  } else {
+    products(s.k, s.Kp, s.kT, s.gate.D, nullptr, A);
+    keep_triangle(A, 0.0f);
+    scale_rows(s.k, s.gate.seen, s.k_seen, s.Kp);
+  }
+  emit(s.k_seen, s.Kp, s.S, s.Vp, nullptr, nullptr, false, nullptr, s.w);
+  for (int i = 0; i < C * s.Vp; i += LANES) store(s.w + i, load(s.v + i) - load(s.w + i));
+  scale_rows(s.w, beta, s.u, s.Vp);
+  scale_rows(A, beta, s.M, C);
+  solve(s.M, false, s.u, s.Vp);
+}
+
+// carry: S and z take in the chunk.
+INLINE void carry_chunk(const Call& a, Tiles& s, const float* u, bool normal) {
+  const Gate& g = s.gate;
+  if (a.decay == CHANNEL) {
+    scale_tile(s.k, g.kept_k, s.k_seen, s.Kp);
+    carry(s.S, s.Kp, s.Vp, 0, g.across_k, s.k_seen, u);
+    if (normal) carry_z(s.z, s.Kp, 0, g.across_k, s.k_seen, nullptr);
+  } else {
+    const float* kept = u;
+    if (a.decay != NONE) scale_rows(u, g.kept, s.w, s.Vp), kept = s.w;
+    carry(s.S, s.Kp, s.Vp, g.across, nullptr, s.k, kept);
+    if (normal) carry_z(s.z, s.Kp, g.across, nullptr, s.k, g.kept);
+  }
+}
+
+// Row sums of the chunk's queries; on the last walk over a row, its numerator, whole by then, is divided by them.
+STAGE void normalize(const Forward& a, const Walk& w, Tiles& s, int64_t p, int rows, int64_t h, const float* reader, bool inside, bool add, bool finish) {
+  const Span o = span(a.o, w, p, h);
+  if (add && finish) {
+    load_rows(o, rows, int(a.V), 1.0f, s.w, s.Vp);
+    for (int i = 0; i < rows * s.Vp; i += LANES) store(s.o + i, load(s.o + i) + load(s.w + i));
+  }
+  for (int r = 0; r < rows; ++r) {
+    float d = dot(reader + r * s.Kp, s.z, s.Kp) * (a.decay == CHANNEL ? 1.0f : s.gate.seen[r]);
+    for (int j = 0; j < C && inside; ++j) d += s.P[r * C + j];
+    float& total = a.d[(w.b * a.T + w.token(p + r)) * a.H * a.G + h];
+    total = add ? total + d : d;
+    if (!finish) continue;
+    const float inverse = 1.0f / denominator(total, a.normalize, a.eps);
+    for (int i = 0; i < s.Vp; i += LANES) store(s.o + r * s.Vp + i, load(s.o + r * s.Vp + i) * inverse);
+  }
+}
+
+STAGE void forward_walk(const Forward& a, const Walk& w, Tiles& s, Intra intra, bool add, bool finish) {
+  const int Kp = s.Kp, Vp = s.Vp;
+  const bool normal = a.normalize != PLAIN, channel = a.decay == CHANNEL;
+  int rows;
+  for (int64_t p = 0; p < w.length; p += rows) {
+    rows = least(C, w.length - p);
+    if (intra == NOTHING && p == 0 && w.length % C) rows = int(w.length % C);  // the grid of chunks is the one of the walk from the left
+    const int64_t next = p + rows < w.length ? p + rows : p;
+    load_chunk(a, w, s, p, rows, intra, a.gating != TARGET);
+    if (a.bkv && p % a.stride == 0) {
+      const int64_t at = ((w.direction * a.B + w.b) * a.rows + w.boundary + p / a.stride) * a.H + w.h;
+      store_state(s.S, Vp, int(a.K), int(a.V), a.bkv + at * a.K * a.V);
+      if (normal) store_state(s.z, Kp, 1, int(a.K), a.bz + at * a.K);
+    }
+    const float* u = s.v;
+    if (a.delta || intra != NOTHING) transpose(s.k, Kp, C, Kp, s.kT, C);
+    if (a.delta) {
+      float beta[C], A[C * C];
+      delta_write(a, w, s, p, rows, beta, A);
+      u = s.u;
+    }
+    if (a.u) store_rows(u, Vp, rows, int(a.V), 1.0f, gate_span(a.u + w.direction * a.B * a.T * a.H * a.V, a, w, p, a.V), false);
+    for (int64_t h = w.h * a.G; h < (w.h + 1) * a.G; ++h) {
+      load_rows(span(a.q, w, p, h), rows, int(a.K), a.scale, s.q, Kp);
+      const float* reader = s.q;
+      if (channel) {
+        scale_tile(s.q, s.gate.seen_k, s.q_seen, Kp);
+        reader = s.q_seen;
+        channel_products(s.q, s.kT, s.gate, w.leaving, Kp, w.own, s.P);
+      } else if (intra != NOTHING) {
+        products(s.q, Kp, s.kT, s.gate.D, nullptr, s.P);
+      }
+      prefetch_rows(span(a.q, w, next, h), int(a.K));
+      emit(reader, Kp, s.S, Vp, channel || a.decay == NONE ? nullptr : s.gate.seen, intra == NOTHING ? nullptr : s.P, intra == TRIANGLE, u, s.o);
+      if (normal) normalize(a, w, s, p, rows, h, reader, intra != NOTHING, add, finish);
+      store_rows(s.o, Vp, rows, int(a.V), 1.0f, span(a.o, w, p, h), add && !(normal && finish));
+    }
+    prefetch_rows(span(a.k, w, next, w.h), int(a.K));
+    prefetch_rows(span(a.v, w, next, w.h), int(a.V));
+    carry_chunk(a, s, u, normal);
+  }
+}
+
+// What enters a job's span in a direction: the segment's incoming state, or the sequence's.
+INLINE void enter(const Call& a, const Walk& w, Job job, Tiles& s, const float* kv, const float* z, const float* seg_kv, const float* seg_z) {
+  const int64_t at = a.segments > 1 ? segment_index(a, w, job) : state_index(a, w, job);
+  s.gate.rows = 0;
+  load_state((a.segments > 1 ? seg_kv : kv) + at * a.K * a.V, int(a.K), int(a.V), s.S, s.Kp, s.Vp);
+  load_state((a.segments > 1 ? seg_z : z) + at * a.K, 1, int(a.K), s.z, 1, s.Kp);
+}
+
+// The last segment of a walk hands its state to the caller.
+INLINE bool is_last(const Call& a, const Walk& w, Job job) { return job.segment == (w.reverse ? 0 : a.segments - 1); }
+
+static void forward_job(const Forward& a, Job job, float* scratch) {
+  Scratch take{scratch};
+  Tiles s(a, take);
+  // bidirectional: the walk from the right leaves its part in o, the walk from the left adds its own and finishes.
+  // An additive write needs the scores inside a chunk once, for both directions; a channel decay or a delta write, once for each;
+  // so do recorded boundaries, which count from each end.
+  const bool once = !a.causal && !a.delta && a.decay != CHANNEL && !a.stride;
+  for (int direction = a.causal ? 0 : 1; direction >= 0; --direction) {
+    Walk w = make_walk(a, job, direction);
+    if (once) w.own = 1.0f;
+    enter(a, w, job, s, a.kv, a.z, a.seg_kv, a.seg_z);
+    forward_walk(a, w, s, !once ? TRIANGLE : w.reverse ? NOTHING : FULL, !a.causal && !w.reverse, direction == 0);
+    if (is_last(a, w, job)) {
+      const int64_t at = state_index(a, w, job);
+      store_state(s.S, s.Vp, int(a.K), int(a.V), a.kv_out + at * a.K * a.V);
+      if (a.normalize != PLAIN) store_state(s.z, s.Kp, 1, int(a.K), a.z_out + at * a.K);
+    }
+  }
+}
+
+// What a segment adds to a state, and how a state fades across it, in both directions at one pass over k and v each.
+static void forward_aggregate(const Forward& a, Job job, float* scratch) {
+  Scratch take{scratch};
+  Tiles s(a, take);
+  for (int direction = 0; direction < (a.causal ? 1 : 2); ++direction) {
+    const Walk w = make_walk(a, job, direction);
+    const int64_t at = segment_index(a, w, job);
+    s.gate.rows = 0;
+    __builtin_memset(s.S, 0, size_t(s.Kp) * s.Vp * 4);
+    __builtin_memset(s.z, 0, size_t(s.Kp) * 4);
+    for (int c = 0; c < a.K; ++c) a.seg_fade[at * a.K + c] = 1.0f;
+    for (int64_t p = 0; p < w.length; p += C) {
+      load_chunk(a, w, s, p, least(C, w.length - p), NOTHING, false);
+      carry_chunk(a, s, s.v, true);
+      for (int c = 0; c < a.K; ++c) a.seg_fade[at * a.K + c] *= a.decay == CHANNEL ? s.gate.across_k[c] : s.gate.across;
+    }
+    store_state(s.S, s.Vp, int(a.K), int(a.V), a.seg_kv + at * a.K * a.V);
+    store_state(s.z, s.Kp, 1, int(a.K), a.seg_z + at * a.K);
+  }
+}
+
+}  // namespace linattn::LINATTN_ISA

@@ -1,0 +1,18 @@
+// Entry points of one instruction set: this file is compiled once for each, with LINATTN_ISA naming the namespace.
+#include "backward.h"
+#include "step.h"
+
+namespace linattn::LINATTN_ISA {
+
+static size_t scratch(const Call& a, bool backward) {
+  return backward ? Gradients::floats(a, static_cast<const Backward&>(a).dbkv ? a.stride : ANCHOR) : Tiles::floats(a);
+}
+
+static void step(const Step& a, int64_t first, int64_t last) { a.bf16 ? step_heads<bf16>(a, first, last) : step_heads<float>(a, first, last); }
+
+#define LINATTN_NAME(isa) #isa
+#define LINATTN_STRING(isa) LINATTN_NAME(isa)
+extern const Kernels kernels;
+const Kernels kernels = {LINATTN_STRING(LINATTN_ISA), scratch, forward_job, forward_aggregate, backward_job, backward_aggregate, step};
+
+}  // namespace linattn::LINATTN_ISA
