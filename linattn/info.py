@@ -77,6 +77,5 @@ def _processor() -> str:
 
 
 def _features() -> list[str]:
-    get = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch since 2.10
-    found = get()
+    found: dict = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch since 2.10
     return [name for name in FEATURES if found.get(name)]
