@@ -124,7 +124,7 @@ STAGE void query_walk(const Backward& a, const Walk& w, Gradients& s, bool add) 
     } else if (decays) {
       for (int r = 0; r < rows; ++r) a.dg[dg_index(a, w, w.token(p + r))] = s.stash[r];
     }
-    carry_chunk(a, s, u, normal);
+    carry_chunk(a, s, u, normal, false, nullptr);
   }
 }
 
@@ -159,7 +159,7 @@ STAGE void key_walk(const Backward& a, const Walk& w, Gradients& s, bool add) {
         __builtin_memcpy(s.group + (m - from) / C * state, s.S, size_t(state) * 4);
         if (m == p) break;
         load_chunk(a, w, s, m, C, TRIANGLE, false);
-        carry_chunk(a, s, s.writes + m * Vp, false);
+        carry_chunk(a, s, s.writes + m * Vp, false, false, nullptr);
       }
     }
     if (decays && p != last && end % s.anchor == 0)
@@ -207,7 +207,7 @@ STAGE void key_walk(const Backward& a, const Walk& w, Gradients& s, bool add) {
         channel_scatter(s.dP, s.q, gate, w.leaving, Kp, s.dk);
         scale_tile(s.q, gate.seen_k, s.q_seen, Kp);
         gather(s.P, true, s.dn, Vp, s.du);
-        carry(s.dS, Kp, Vp, 1.0f, first ? gate.across_k : nullptr, s.q_seen, s.dn);
+        carry(s.dS, Kp, Vp, 1.0f, first ? gate.across_k : nullptr, s.q_seen, false, s.dn);
         if (normal) carry_z(s.dz, Kp, 1.0f, first ? gate.across_k : nullptr, s.q_seen, s.dd);
       } else {
         products(s.q, Kp, s.kT, gate.D, nullptr, s.P);
@@ -215,13 +215,13 @@ STAGE void key_walk(const Backward& a, const Walk& w, Gradients& s, bool add) {
         gather(s.P, true, s.dn, Vp, s.du);
         const float across = first ? gate.across : 1.0f;
         if (!decays) {
-          carry(s.dS, Kp, Vp, 1.0f, nullptr, s.q, s.dn);
+          carry(s.dS, Kp, Vp, 1.0f, nullptr, s.q, false, s.dn);
           if (normal) carry_z(s.dz, Kp, 1.0f, nullptr, s.q, s.dd);
         } else {
           float weight[C];
           for (int r = 0; r < C; ++r) weight[r] = gate.seen[r] * s.dd[r];
           scale_rows(s.dn, gate.seen, s.wide, Vp);
-          carry(s.dS, Kp, Vp, across, nullptr, s.q, s.wide);
+          carry(s.dS, Kp, Vp, across, nullptr, s.q, false, s.wide);
           if (normal) carry_z(s.dz, Kp, across, nullptr, s.q, weight);
         }
       }
@@ -250,7 +250,8 @@ STAGE void key_walk(const Backward& a, const Walk& w, Gradients& s, bool add) {
         gather(s.dP, false, s.k, Kp, s.dk_read);
         gather(s.dP, true, s.k, Kp, s.dk);
       }
-      carry(s.dS, Kp, Vp, 1.0f, nullptr, s.k_seen, s.du, -1.0f);
+      for (int i = 0; i < C * Kp; i += LANES) store(s.k_seen + i, -load(s.k_seen + i));
+      carry(s.dS, Kp, Vp, 1.0f, nullptr, s.k_seen, false, s.du);
     }
     if (decays) {  // gate: q·dq and k·dk_read pull the clock up, k·dk pulls it down; then a sum from the end
       if (channel)
@@ -321,13 +322,13 @@ static void backward_aggregate(const Backward& a, Job job, float* scratch) {
         load_grad(a, w, s, p, rows, h);
         if (a.decay == CHANNEL) {
           scale_tile(s.q, s.gate.seen_k, s.q_seen, s.Kp);
-          carry(s.dS, s.Kp, s.Vp, 1.0f, g ? nullptr : s.gate.across_k, s.q_seen, s.dn);
+          carry(s.dS, s.Kp, s.Vp, 1.0f, g ? nullptr : s.gate.across_k, s.q_seen, false, s.dn);
           carry_z(s.dz, s.Kp, 1.0f, g ? nullptr : s.gate.across_k, s.q_seen, s.dd);
         } else {
           float weight[C];
           for (int r = 0; r < C; ++r) weight[r] = s.gate.seen[r] * s.dd[r];
           scale_rows(s.dn, s.gate.seen, s.wide, s.Vp);
-          carry(s.dS, s.Kp, s.Vp, across, nullptr, s.q, s.wide);
+          carry(s.dS, s.Kp, s.Vp, across, nullptr, s.q, false, s.wide);
           carry_z(s.dz, s.Kp, across, nullptr, s.q, weight);
         }
       }

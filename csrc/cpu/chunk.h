@@ -81,11 +81,16 @@ STAGE void store_rows(const float* tile, int ld, int rows, int width, float fact
     store_typed(tile, ld, rows, width, factor, reinterpret_cast<float*>(y.p), y.step, add);
 }
 
-INLINE void prefetch_rows(Span x, int width) {
-  const int size = x.bf16 ? 2 : 4;
-  for (int r = 0; r < C; ++r)
-    for (int i = 0; i < width * size; i += 64) __builtin_prefetch(x.p + r * x.step * size + i, 0, 2);
-}
+// Rows to be read soon. A core has a dozen or so misses in flight: they are asked for a few at a time, between register blocks.
+struct Ahead {
+  Span x;
+  int bytes;
+  // the rows that fall to [m, m + MR) of M blocks of work
+  INLINE_MEMBER void ask(int m, int MR, int M) const {
+    for (int r = m * C / M; r < (m + MR) * C / M; ++r)
+      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(x.p + r * x.step * (x.bf16 ? 2 : 4) + i, 0, 2);
+  }
+};
 
 // -- gate: the only part that knows the decay kinds ------------------------------------------------------------------------------------
 
@@ -172,11 +177,17 @@ STAGE void scale_tile(const float* in, const float* factor, float* out, int ld) 
   for (int i = 0; i < C * ld; i += LANES) store(out + i, load(in + i) * load(factor + i));
 }
 
+// [rows C]: column j times factor_j.
+STAGE void scale_columns(float* x, int rows, const float* factor) {
+  for (int r = 0; r < rows; ++r)
+    for (int j = 0; j < C; j += LANES) store(x + r * C + j, load(x + r * C + j) * load(factor + j));
+}
+
 // -- scores ----------------------------------------------------------------------------------------------------------------------------
 
 // P[i][j] = x_i · y_j, y given transposed [depth C]; times D where D is given, plus bias_i where that is.
 STAGE void products(const float* x, int depth, const float* yT, const float* D, const float* bias, float* P) {
-  blocks(C, C, [&]<int MR, int NV>(int m, int n) {
+  blocks(C, C, [=]<int MR, int NV>(int m, int n) {
     vec acc[MR][NV] = {};
     multiply(acc, depth, x + m * depth, depth, 1, yT + n, C);
     for (int r = 0; r < MR; ++r)
@@ -269,20 +280,25 @@ STAGE void solve(const float* M, bool transposed, float* u, int ld) {
 
 // -- carry -----------------------------------------------------------------------------------------------------------------------------
 
-// S = across · S + sign · Σ_j x_j y_jᵀ; across is one number, or one per row of S. One pass over S.
-STAGE void carry(float* S, int Kp, int Vp, float across, const float* across_k, const float* x, const float* y, float sign = 1.0f) {
-  blocks(Kp, Vp, [&]<int MR, int NV>(int m, int n) {
+// S = across · S + Σ_j x_j y_jᵀ; across is one number, or one per row of S. x is [C Kp], or [Kp C] if it comes transposed. One pass over S.
+STAGE void carry(float* S, int Kp, int Vp, float across, const float* across_k, const float* x, bool transposed, const float* y,
+                 const Ahead* ahead = nullptr) {
+  const long am = transposed ? C : 1, ak = transposed ? 1 : Kp;
+  blocks(Kp, Vp, [=]<int MR, int NV>(int m, int n) {
+    float* block = S + m * Vp + n;
     vec acc[MR][NV];
+    if (ahead && n == 0) ahead[0].ask(m, MR, Kp), ahead[1].ask(m, MR, Kp);
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      const float a = across_k ? across_k[m + r] : across;
+#pragma GCC unroll 4
+      for (int l = 0; l < NV; ++l) acc[r][l] = load(block + r * Vp + l * LANES) * a;
+    }
+    multiply(acc, C, x + m * am, am, ak, y + n, Vp);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-      for (int l = 0; l < NV; ++l)
-        acc[r][l] = load(S + (m + r) * Vp + n + l * LANES) * (sign * (across_k ? across_k[m + r] : across));
-    multiply(acc, C, x + m, 1, Kp, y + n, Vp);
-#pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
-      for (int l = 0; l < NV; ++l) store(S + (m + r) * Vp + n + l * LANES, sign * acc[r][l]);
+      for (int l = 0; l < NV; ++l) store(block + r * Vp + l * LANES, acc[r][l]);
   });
 }
 
@@ -302,9 +318,11 @@ INLINE float dot(const float* x, const float* y, int n) {
 }
 
 // out_i = fade_i · x_i S + Σ_j P[i][j] u_j with P full, lower triangular (or absent); fade null for ones.
-STAGE void emit(const float* x, int Kp, const float* S, int Vp, const float* fade, const float* P, bool triangular, const float* u, float* out) {
-  blocks(C, Vp, [&]<int MR, int NV>(int m, int n) {
+STAGE void emit(const float* x, int Kp, const float* S, int Vp, const float* fade, const float* P, bool triangular, const float* u, float* out,
+                int64_t ldo, const Ahead* ahead = nullptr) {
+  blocks(C, Vp, [=]<int MR, int NV>(int m, int n) {
     vec acc[MR][NV] = {};
+    if (ahead && n == 0) ahead->ask(m, MR, C);
     multiply(acc, Kp, x + m * Kp, Kp, 1, S + n, Vp);
     if (fade)
 #pragma GCC unroll 16
@@ -315,7 +333,7 @@ STAGE void emit(const float* x, int Kp, const float* S, int Vp, const float* fad
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-      for (int l = 0; l < NV; ++l) store(out + (m + r) * Vp + n + l * LANES, acc[r][l]);
+      for (int l = 0; l < NV; ++l) store(out + (m + r) * ldo + n + l * LANES, acc[r][l]);
   });
 }
 

@@ -10,14 +10,14 @@ struct Tiles {
   Gate gate;
   Tiles(const Call& a, Scratch& s) : Kp(pad(a.K)), Vp(pad(a.V)) {
     q = s.take(C * Kp), k = s.take(C * Kp), kT = s.take(C * Kp), k_seen = s.take(C * Kp), q_seen = s.take(C * Kp);
-    v = s.take(C * Vp), u = s.take(C * Vp), w = s.take(C * (Kp > Vp ? Kp : Vp)), o = s.take(C * Vp);
+    v = s.take(C * Vp), u = s.take(C * Vp), w = s.take(C * Vp), o = s.take(C * Vp);
     P = s.take(C * C), M = s.take(C * C);
     S = s.take(size_t(Kp) * Vp), z = s.take(Kp);
     gate.a = s.take(C * Kp), gate.seen_k = s.take(C * Kp), gate.kept_k = s.take(C * Kp), gate.across_k = s.take(Kp);
   }
   static size_t floats(const Call& a) {
     const size_t Kp = pad(a.K), Vp = pad(a.V);
-    return C * (8 * Kp + 3 * Vp + (Kp > Vp ? Kp : Vp) + 2 * C) + Kp * Vp + 2 * Kp + 64;
+    return C * (8 * Kp + 4 * Vp + 2 * C) + Kp * Vp + 2 * Kp + 64;
   }
 };
 
@@ -62,26 +62,25 @@ STAGE void delta_write(const Call& a, const Walk& w, Tiles& s, int64_t p, int ro
     keep_triangle(A, 0.0f);
     scale_rows(s.k, s.gate.seen, s.k_seen, s.Kp);
   }
-  emit(s.k_seen, s.Kp, s.S, s.Vp, nullptr, nullptr, false, nullptr, s.w);
+  emit(s.k_seen, s.Kp, s.S, s.Vp, nullptr, nullptr, false, nullptr, s.w, s.Vp);
   for (int i = 0; i < C * s.Vp; i += LANES) store(s.w + i, load(s.v + i) - load(s.w + i));
   scale_rows(s.w, beta, s.u, s.Vp);
   scale_rows(A, beta, s.M, C);
   solve(s.M, false, s.u, s.Vp);
 }
 
-// carry: S and z take in the chunk.
-INLINE void carry_chunk(const Call& a, Tiles& s, const float* u, bool normal) {
+// carry: S and z take in the chunk. Its keys, in k or, where that is at hand, transposed in kT, are faded in place: nobody reads them after.
+INLINE void carry_chunk(const Call& a, Tiles& s, const float* u, bool normal, bool transposed, const Ahead* ahead) {
   const Gate& g = s.gate;
   if (a.decay == CHANNEL) {
-    scale_tile(s.k, g.kept_k, s.k_seen, s.Kp);
-    carry(s.S, s.Kp, s.Vp, 0, g.across_k, s.k_seen, u);
-    if (normal) carry_z(s.z, s.Kp, 0, g.across_k, s.k_seen, nullptr);
-  } else {
-    const float* kept = u;
-    if (a.decay != NONE) scale_rows(u, g.kept, s.w, s.Vp), kept = s.w;
-    carry(s.S, s.Kp, s.Vp, g.across, nullptr, s.k, kept);
-    if (normal) carry_z(s.z, s.Kp, g.across, nullptr, s.k, g.kept);
+    scale_tile(s.k, g.kept_k, s.k, s.Kp);
+    carry(s.S, s.Kp, s.Vp, 0, g.across_k, s.k, false, u, ahead);
+    if (normal) carry_z(s.z, s.Kp, 0, g.across_k, s.k, nullptr);
+    return;
   }
+  if (normal) carry_z(s.z, s.Kp, g.across, nullptr, s.k, g.kept);
+  if (a.decay != NONE) transposed ? scale_columns(s.kT, s.Kp, g.kept) : scale_rows(s.k, g.kept, s.k, s.Kp);
+  carry(s.S, s.Kp, s.Vp, g.across, nullptr, transposed ? s.kT : s.k, transposed, u, ahead);
 }
 
 // Row sums of the chunk's queries; on the last walk over a row, its numerator, whole by then, is divided by them.
@@ -134,14 +133,18 @@ STAGE void forward_walk(const Forward& a, const Walk& w, Tiles& s, Intra intra, 
       } else if (intra != NOTHING) {
         products(s.q, Kp, s.kT, s.gate.D, nullptr, s.P);
       }
-      prefetch_rows(span(a.q, w, next, h), int(a.K));
-      emit(reader, Kp, s.S, Vp, channel || a.decay == NONE ? nullptr : s.gate.seen, intra == NOTHING ? nullptr : s.P, intra == TRIANGLE, u, s.o);
+      const Span o = span(a.o, w, p, h);
+      const bool direct = rows == C && !o.bf16 && a.V == Vp && !normal && !add;  // straight to memory, without the tile
+      const Ahead ahead = {span(a.q, w, next, h), int(a.K) * (a.q.bf16 ? 2 : 4)};
+      emit(reader, Kp, s.S, Vp, channel || a.decay == NONE ? nullptr : s.gate.seen, intra == NOTHING ? nullptr : s.P, intra == TRIANGLE, u,
+           direct ? reinterpret_cast<float*>(o.p) : s.o, direct ? o.step : Vp, &ahead);
+      if (direct) continue;
       if (normal) normalize(a, w, s, p, rows, h, reader, intra != NOTHING, add, finish);
-      store_rows(s.o, Vp, rows, int(a.V), 1.0f, span(a.o, w, p, h), add && !(normal && finish));
+      store_rows(s.o, Vp, rows, int(a.V), 1.0f, o, add && !(normal && finish));
     }
-    prefetch_rows(span(a.k, w, next, w.h), int(a.K));
-    prefetch_rows(span(a.v, w, next, w.h), int(a.V));
-    carry_chunk(a, s, u, normal);
+    const int size = a.k.bf16 ? 2 : 4;
+    const Ahead ahead[2] = {{span(a.k, w, next, w.h), int(a.K) * size}, {span(a.v, w, next, w.h), int(a.V) * size}};
+    carry_chunk(a, s, u, normal, a.delta || intra != NOTHING, ahead);
   }
 }
 
@@ -189,7 +192,7 @@ static void forward_aggregate(const Forward& a, Job job, float* scratch) {
     for (int c = 0; c < a.K; ++c) a.seg_fade[at * a.K + c] = 1.0f;
     for (int64_t p = 0; p < w.length; p += C) {
       load_chunk(a, w, s, p, least(C, w.length - p), NOTHING, false);
-      carry_chunk(a, s, s.v, true);
+      carry_chunk(a, s, s.v, true, false, nullptr);
       for (int c = 0; c < a.K; ++c) a.seg_fade[at * a.K + c] *= a.decay == CHANNEL ? s.gate.across_k[c] : s.gate.across;
     }
     store_state(s.S, s.Vp, int(a.K), int(a.V), a.seg_kv + at * a.K * a.V);

@@ -7,6 +7,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 #define STAGE static __attribute__((noinline))  // a stage works on a whole chunk: one copy of it costs nothing at run time
 
 namespace linattn::LINATTN_ISA {
