@@ -72,8 +72,12 @@ class Config:
 
     def save(self, path: Path) -> None:
         beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        beside.replace(path)
+        try:
+            beside.write_text(json.dumps(asdict(self), indent=2) + "\n")
+            beside.replace(path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise OSError(f"cannot write {path}: {error}") from error
 
     @classmethod
     def load(cls, path: Path) -> "Config":

@@ -71,8 +71,12 @@ def read(path: Path) -> list[dict]:
 
 def _rewrite(path: Path, rows: list[dict]) -> None:
     beside = path.with_suffix(".tmp")
-    with beside.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(["" if row[name] is None else row[name] for name in COLUMNS] for row in rows)
-    beside.replace(path)
+    try:
+        with beside.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            writer.writerows(["" if row[name] is None else row[name] for name in COLUMNS] for row in rows)
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}") from error

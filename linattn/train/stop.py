@@ -12,7 +12,7 @@ class Stop:
 
     HANDLED = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._before: dict = {}
 

@@ -119,7 +119,7 @@ def test_another_run_is_refused_naming_what_differs(config, tmp_path, text):
     with pytest.raises(ValueError, match="holds a run at step 1: choose another folder"):
         run(replace(config, steps=1), tmp_path, resume="never")
     (text / "new.txt").write_text("more")
-    with pytest.raises(ValueError, match=r"its data differs.*is not what it was trained on"):
+    with pytest.raises(ValueError, match=r"its data differs: 41 documents.* is not the text it was trained on"):
         run(replace(config, steps=1), tmp_path)
     (text / "new.txt").unlink()
 
