@@ -356,6 +356,8 @@ def _autograd(ctx, do, dkv, dz, _, dbkv, dbz, dwrites):
     dkv = torch.zeros_like(kv) if dkv is None else dkv
     dz = torch.zeros_like(z) if dz is None or not dz.numel() else dz
     dbkv, dbz = (dbkv, dbz) if stride else (None, None)
+    if dbz is not None and dbkv is None:  # backends take both or neither
+        dbkv = dbz.new_zeros(*dbz.shape, o.shape[-1])
     grads = torch.ops.linattn.backward(do, dkv, dz, dbkv, dbz, dwrites if writes else None, *inputs, o, d, *ctx.rest)
     grads = [None if x is None else g for x, g in zip(inputs[:7], grads, strict=True)]
     return *grads, *([None] * (1 + len(ctx.rest)))
