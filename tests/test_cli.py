@@ -109,6 +109,11 @@ def test_generate_streams_the_same_text_for_a_seed(trained):
     assert run("generate", trained / "step-00000006", "--tokens", 5).exit_code == 0
 
 
+def test_a_bad_sampling_option_is_refused_before_a_word(trained):
+    result = run("generate", trained, "--prompt", "This is", "--top-p", 2)
+    assert result.exit_code == 2 and result.stdout == "" and "top_p must lie in (0, 1]" in result.stderr
+
+
 def test_a_foreign_run_is_refused_and_given_options_may_be_left_out(trained):
     result = run("train", "--out", trained, "--lr", 0.5)
     assert result.exit_code == 2 and "lr: 0.01 here, 0.5 asked" in result.stderr

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
+from torch import Tensor
 
 from ..models import Decoder
 from . import checkpoint, tokenizer
@@ -15,12 +16,16 @@ from .engine import pick_device
 def continuation(model: Decoder, coder: tokenizer.Tokenizer, prompt: str, *, tokens: int, **how) -> Iterator[str]:
     """Text after `prompt` as it comes, until `tokens` tokens or the end of the document. `how` as in `Decoder.stream`.
 
-    A letter of several bytes appears once it is whole; bytes that are no letter appear as U+FFFD.
+    A letter of several bytes appears once it is whole; bytes that are no letter appear as U+FFFD. ValueError before anything is generated.
     """
-    device = next(model.parameters()).device
     start = coder.encode([prompt.encode()])[0].tolist() or [coder.end]  # a document starts after the end of another
+    first = torch.tensor([start], device=next(model.parameters()).device)
+    return _letters(coder, model.stream(first, tokens, stop_tokens=(coder.end,), **how))
+
+
+def _letters(coder: tokenizer.Tokenizer, tokens: Iterator[Tensor]) -> Iterator[str]:
     text = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in model.stream(torch.tensor([start], device=device), tokens, stop_tokens=(coder.end,), **how):
+    for token in tokens:
         yield text.decode(tokenizer.decode(coder, token.tolist()))
     yield text.decode(b"", final=True)
 
@@ -35,8 +40,9 @@ def stream(
     found = checkpoint.find(folder, say)
     coder = tokenizer.load(found / "tokenizer.json")
     model = Decoder.from_pretrained(found, backend=backend).to(pick_device(device)).eval()
+    pieces = continuation(model, coder, prompt, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     to.write(prompt)
-    for piece in continuation(model, coder, prompt, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
+    for piece in pieces:
         to.write(piece)
         to.flush()
     to.write("\n")

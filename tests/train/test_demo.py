@@ -1,21 +1,23 @@
 """The demo and what it shows."""
 
 import builtins
+import gc
 import json
 import os
 import signal
+from dataclasses import replace
 from io import StringIO
 
 import pytest
 import torch
 from rich.console import Console
 
-from linattn.train import demo, figure, memory, throughput
+from linattn.train import demo, figure, memory, recipes, throughput
 from linattn.train.engine import Engine
 
 ROWS = [
-    dict(variant=v, T=T, train_tokens_per_s=9e3, decode_tokens_per_s=5e2, train_peak_bytes=3e6, state_bytes=1e5, prefill_tokens_per_s=2e4)
-    for v in ("softmax", "gla")
+    dict(variant=v, T=T, train_tokens_per_s=9e6 / T, decode_tokens_per_s=5e2 + n, train_peak_bytes=1e4 * T, state_bytes=1e3 * T**n)
+    for n, v in enumerate(("gla", "softmax"))
     for T in (256, 1024)
 ]
 
@@ -36,6 +38,8 @@ def show(out):
 
 def test_the_demo_stops_goes_on_and_starts_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(throughput, "table", lambda *_, **__: ROWS)
+    usual = recipes.demo
+    monkeypatch.setattr(recipes, "demo", lambda v, steps: replace(usual(v, steps=steps), context=32, batch=2, eval_windows=4))
     step, steps = Engine.step, []
 
     def counting(engine, tokens, lr):
@@ -71,10 +75,10 @@ def test_no_matplotlib_is_said(tmp_path, monkeypatch):
 
 
 def test_peak_sees_what_came_and_went():
-    torch.ones(1 << 20)
+    gc.collect()  # what an earlier test left must not go while this one looks
     with memory.Peak(torch.device("cpu")) as peak:
-        torch.ones(10 << 20).add_(1)
-    assert 40 << 20 <= peak.bytes < 60 << 20
+        torch.ones(50 << 20).add_(1)
+    assert 190 << 20 < peak.bytes < 220 << 20
 
 
 def test_held_counts_every_storage_once():
