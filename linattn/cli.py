@@ -1,9 +1,12 @@
 """The command line: options become arguments, errors become one line. Nothing is computed here, nothing heavy imported before its use."""
 
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import replace
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -146,7 +149,6 @@ def bench(
     backend: Backend = "auto",
 ) -> None:
     """Measure decoders against the number of tokens: forward + backward, generation, and the memory of each."""
-    from .info import facts
     from .train import throughput
 
     rows = throughput.table(
@@ -154,7 +156,7 @@ def bench(
         backend=backend, console=Console(),
     )  # fmt: skip
     if out:
-        throughput.save(out, rows, command=f"{_program()} {shlex.join(sys.argv[1:])}", **facts())
+        throughput.save(out, rows, command=_command(), **_facts(threads))
 
 
 @app.command()
@@ -167,11 +169,10 @@ def demo(
     threads: Threads = 0,
 ) -> None:
     """Train a linear and a softmax decoder on real text, generate, measure both, and draw it: about three minutes on two cores."""
-    from .info import facts
     from .train import demo as show
 
-    T, again = _integers("lengths", lengths, 2), f"{_program()} {shlex.join(sys.argv[1:])}"
-    raise typer.Exit(show.run(steps=steps, lengths=T, out=out, threads=threads, command=again, facts=facts(), console=Console()))
+    T, facts = _integers("lengths", lengths, 2), _facts(threads)
+    raise typer.Exit(show.run(steps=steps, lengths=T, out=out, threads=threads, command=_command(), facts=facts, console=Console()))
 
 
 @app.command()
@@ -201,6 +202,30 @@ def _program() -> str:
     """How this program was called, as it can be typed again."""
     name = Path(sys.argv[0]).name
     return shlex.join([sys.executable, "-m", "linattn"]) if name in ("__main__.py", "-c") else shlex.quote(sys.argv[0])
+
+
+def _command() -> str:
+    return f"{_program()} {shlex.join(sys.argv[1:])}"
+
+
+def _facts(threads: int) -> dict[str, Any]:
+    """What a record says of its making, besides the command."""
+    import torch
+
+    from .info import facts
+
+    if threads:
+        torch.set_num_threads(threads)
+    return {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": _commit(), **facts()}
+
+
+def _commit() -> str:
+    """The commit of the checkout this package lies in, with a + if it was changed since; "none" where it is installed elsewhere."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return "none"
+    git = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True).stdout.strip()
+    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def _integers(name: str, text: str, least: int) -> list[int]:

@@ -27,6 +27,7 @@ def run(*, steps: int | None, lengths: list[int], out: Path | None, threads: int
     A demo that was stopped goes on where it was; one that was finished starts anew. `facts` go into the record as they are.
     """
     began = time.perf_counter()
+    console.print(_machine(facts), highlight=False)
     checkout = (Path("pyproject.toml").exists() and Path("linattn", "cli.py").exists()) and out is None
     out = out or (Path("bench", "results") if checkout else Path("linattn-demo"))
     folders = {variant: (Path("runs", "demo") if checkout else out / "runs") / variant for variant in VARIANTS}
@@ -78,6 +79,9 @@ def _forget_a_finished_one(folders: dict[str, Path]) -> None:
 
 
 def _title(preset: str, model: Decoder, facts: dict) -> str:
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    machine = facts.get("machine", {})
-    return f"{preset} decoder, {size:.2f} M parameters, B = 1, {machine.get('processor', 'CPU')}, {torch.get_num_threads()} threads"
+    return f"{preset} decoder, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, B = 1, {_machine(facts)}"
+
+
+def _machine(facts: dict) -> str:
+    ready = [name for name, found in facts["backends"].items() if found == "ready"]
+    return f"{facts['machine']['processor']}, {torch.get_num_threads()} threads, torch {torch.__version__}, backend {ready[0]}"

@@ -16,7 +16,9 @@ class Log:
     def __init__(self, path: Path, console: Console, *, start: int, steps: int, title: str):
         self.path, self.console, self.steps = path, console, steps
         self.broken = False
-        _rewrite(path, [row for row in read(path) if row["step"] <= start] if start else [])  # later steps come again
+        before = [row for row in read(path) if row["step"] <= start] if start else []  # later steps come again
+        self.skipped = sum(row["skipped"] for row in before)
+        _rewrite(path, before)
         self.file = path.open("a", newline="")
         self.writer = csv.writer(self.file)
         self.quiet_until = time.monotonic()
@@ -41,7 +43,8 @@ class Log:
         self._write((step, tokens, loss, grad_norm, lr, tokens_per_s, skipped, bits_per_byte))
         if loss == "":
             return
-        figures = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s"
+        self.skipped += skipped
+        figures = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s" + (f"  {self.skipped} skipped" if self.skipped else "")
         self.bar.update(self.task, completed=step, figures=figures)
         now = time.monotonic()
         if not self.console.is_terminal and (now >= self.quiet_until or step == self.steps):

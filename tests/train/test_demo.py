@@ -15,6 +15,7 @@ from rich.console import Console
 from linattn.train import demo, figure, memory, recipes, throughput
 from linattn.train.engine import Engine
 
+FACTS = {"machine": {"processor": "a processor"}, "backends": {"cpu": "not built", "eager": "ready"}}
 ROWS = [
     dict(variant=v, T=T, train_tokens_per_s=9e6 / T, decode_tokens_per_s=5e2 + n, train_peak_bytes=1e4 * T, state_bytes=1e3 * T**n)
     for n, v in enumerate(("gla", "softmax"))
@@ -32,7 +33,7 @@ def one_thread():
 
 def show(out):
     console = Console(file=StringIO(), width=120)
-    code = demo.run(steps=2, lengths=[256, 1024], out=out, threads=1, command="linattn demo", facts={"versions": {}}, console=console)
+    code = demo.run(steps=2, lengths=[256, 1024], out=out, threads=1, command="linattn demo", facts=FACTS, console=console)
     return code, console.file.getvalue()
 
 
@@ -52,7 +53,14 @@ def test_the_demo_stops_goes_on_and_starts_anew(tmp_path, monkeypatch):
     code, said = show(tmp_path)
     assert code == 130 and steps == ["gla", "gla", "softmax"] and "to go on: linattn demo" in said
     code, said = show(tmp_path)
-    assert code == 0 and steps == ["gla", "gla", "softmax", "softmax"] and "after 2 steps" in said and demo.PROMPT.strip() in said
+    assert (
+        code == 0
+        and steps == ["gla", "gla", "softmax", "softmax"]
+        and "after 2 steps" in said
+        and "a processor, 1 threads" in said
+        and "backend eager" in said
+        and demo.PROMPT.strip() in said
+    )
     record = json.loads((tmp_path / "demo.json").read_text())
     assert record["command"] == "linattn demo" and record["rows"] == ROWS
     curves = record["held_out_bits_per_byte"]

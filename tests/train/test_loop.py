@@ -165,8 +165,8 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(config, tmp_path, mon
         return nats(engine, tokens) * (math.nan if sum(calls) == 3 and engine.model.training else 1)
 
     monkeypatch.setattr(Engine, "_nats", poisoned)
-    result, _ = run(replace(config, steps=5), tmp_path)
-    assert [row["skipped"] for row in result.rows[1:]] == [0, 0, 1, 0, 0]
+    result, said = run(replace(config, steps=5), tmp_path)
+    assert [row["skipped"] for row in result.rows[1:]] == [0, 0, 1, 0, 0] and "1 skipped" in said
     assert math.isnan(result.rows[3]["loss"]) and math.isfinite(result.rows[-1]["bits_per_byte"])
 
 
