@@ -3,8 +3,9 @@
 import itertools
 import random
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import pytest
 import torch
 
 import linattn
@@ -13,6 +14,7 @@ from linattn.ops.form import Call
 
 DECAYS = ("none", "head", "scalar", "channel")
 DIRECTIONS = ("causal", "source", "target", "symmetric")  # the last three: causal=False with that gating
+NORMALIZERS = ("none", "sum", "clamp")
 PRESENT = tuple(name for name in linattn.BACKENDS if linattn.why_not(name) is None)
 RECORDS = ((), ("boundaries",), ("writes",), ("boundaries", "writes"))
 FLOOR = 100  # roundings, of a right answer's largest element, that it may be off by; `eager` has needed 70 (clocks of strong decays)
@@ -175,7 +177,7 @@ def check(case: Case, backend: str, got: dict, eager: dict, gold: dict) -> None:
     assert not failures, f"{case}\n" + "\n".join(failures)
 
 
-def agree(a: torch.Tensor, b: torch.Tensor, what: str = "", slack: int = FLOOR) -> None:
+def agree(a: torch.Tensor, b: torch.Tensor, what: str = "", slack: float = FLOOR) -> None:
     """Two ways to one answer, apart by rounding only: |a − b| ≤ slack · eps · max|b|."""
     assert a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
     if a.numel() == 0:
@@ -202,3 +204,24 @@ def pairwise(axes: dict[str, tuple], seed: int = 0) -> list[dict]:
         )
         todo -= pairs(rows[-1])
     return rows
+
+
+# -- for tests of properties: every backend, in a few calls of every kind ---------------------------------------------------------------
+
+PROPERTY_AXES = {"decay": DECAYS, "delta": (False, True), "direction": DIRECTIONS, "normalize": NORMALIZERS, "groups": (1, 2)}
+SOME = [Case(**row) for row in pairwise(PROPERTY_AXES)]
+BACKEND = pytest.mark.parametrize("backend", PRESENT)
+
+
+def some(cases=SOME, **changes):
+    return pytest.mark.parametrize("case", [replace(case, **changes) for case in cases], ids=str)
+
+
+def all_agree(some: dict, other: dict, slack: float = FLOOR) -> None:
+    assert some.keys() == other.keys()
+    for name in some:
+        agree(some[name], other[name], name, slack)
+
+
+def states(out: dict) -> dict:
+    return {name: x for name, x in out.items() if name.startswith("state")}

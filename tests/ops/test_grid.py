@@ -5,10 +5,9 @@ import itertools
 
 import pytest
 import torch
-from cases import DECAYS, DIRECTIONS, PRESENT, RECORDS, Case, check, pairwise, takes, whole
+from cases import DECAYS, DIRECTIONS, NORMALIZERS, PRESENT, RECORDS, Case, check, pairwise, takes, whole
 
 NARROW = (torch.float32, torch.bfloat16)
-NORMALIZERS = ("none", "sum", "clamp")
 AXES = {
     "decay": DECAYS,
     "delta": (False, True),
@@ -25,11 +24,9 @@ AXES = {
 }
 SHORT = [Case(**row) for row in pairwise(AXES)]
 LONG = [
-    Case(T=1000, decay="channel", direction="causal", dtype=torch.bfloat16, groups=2),
-    Case(T=1000, decay="scalar", delta=True, direction="symmetric", record=RECORDS[3]),
+    Case(T=1000, decay="channel", B=1, H=1, dtype=torch.bfloat16, groups=2),
+    Case(T=1000, decay="scalar", B=1, H=1, delta=True, direction="symmetric", record=RECORDS[3]),
     Case(T=1000, decay="head", direction="source", normalize="sum", packed=True),
-    Case(T=1000, decay="channel", delta=True, direction="target", normalize="clamp"),
-    Case(T=1000, decay="none", normalize="sum", dtype=torch.bfloat16),
 ]
 
 
@@ -55,6 +52,31 @@ def test_pairs_of_the_grid(case, backend):
         compare(case, backend)
     else:
         assert backend != "eager" and case.dtype not in NARROW, f"{backend} refuses {case}"
+
+
+@pytest.mark.parametrize("backend", [name for name in PRESENT if name not in ("eager", "reference")])
+@pytest.mark.parametrize(("decay", "delta"), [("none", False), ("head", True), ("scalar", False), ("channel", False), ("channel", True)])
+@pytest.mark.parametrize("direction", ["causal", "source"])
+def test_a_long_row_of_one_head(decay, delta, direction, backend):
+    """Where a kernel cuts one row into segments. Eager in float64 stands for the oracle, as `test_pairs_of_the_grid` allows."""
+    case = Case(decay=decay, delta=delta, direction=direction, T=4099, B=1, H=1, widths=(16, 16), record=RECORDS[3], stride=64)
+    check(case, backend, whole(case, backend), whole(case, "eager"), whole(case, "eager", double=True))
+
+
+@pytest.mark.skipif("cpu" not in PRESENT, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("isa", ["plain", "avx2"])
+@pytest.mark.parametrize("case", SHORT[::2], ids=str)
+def test_every_instruction_set(case, isa):
+    best = torch.ops.linattn.isa(None)
+    try:
+        torch.ops.linattn.isa(isa)
+    except RuntimeError as refused:
+        pytest.skip(str(refused))
+    try:
+        if takes("cpu", case):
+            compare(case, "cpu")
+    finally:
+        torch.ops.linattn.isa(best)
 
 
 @pytest.mark.slow
