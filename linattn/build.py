@@ -42,7 +42,7 @@ UNITS = (
     Unit("cpu/kernels.cpp", "avx2", ("-mavx2", "-mfma", "-mf16c"), "x86_64"),
     Unit("cpu/kernels.cpp", "avx512", ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"), "x86_64"),
 )
-FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra")
+FLAGS = ("-std=c++20", "-O2", "-funroll-loops", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra")
 # no -ffast-math: a NaN must pass through.
 SANITIZE = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 

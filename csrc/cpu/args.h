@@ -33,6 +33,7 @@ struct Call {
   const float* g;            // contiguous log decay of its kind, or null
   const float* beta;         // [B T H] or null
   const float *kv, *z;       // initial states [D N H K V], [D N H K]
+  int width;                 // heads walked side by side: they share pages of memory, and a page is worth its look-up
   int segments;              // each sequence is cut into this many for parallelism (additive writes only)
 };
 
@@ -68,7 +69,7 @@ struct Step {
   float *kv_out, *z_out;
 };
 
-// One unit of parallel work: a head of a sequence, or one segment of it.
+// One unit of parallel work: `width` heads of a sequence from h on, or one segment of them.
 struct Job {
   int64_t n, h, segment;
 };

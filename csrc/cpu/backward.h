@@ -1,4 +1,4 @@
-// The backward of one head of one sequence: a walk with the states for dq, and a walk against it with their gradients for the rest.
+// The backward of heads of one sequence: a walk with the states for dq, and a walk against it with their gradients for the rest.
 #pragma once
 #include "forward.h"
 
@@ -7,25 +7,34 @@ namespace linattn::LINATTN_ISA {
 // carry → emit → write → gate, as in reference/chunked.py. S lives in the first walk, dS in the second; where the second needs S as well
 // (delta rule; the value ⟨S, dS⟩ that pins the log-decay gradient) it takes the states kept every `anchor` tokens.
 struct Gradients : Tiles {
-  float *uT, *dn, *dd, *dnT, *dP, *dq, *dk, *dk_read, *du, *wide, *stash, *running, *dS, *dz, *anchors, *anchors_z, *group, *writes;
-  int64_t anchor;
-  Gradients(const Backward& a, Scratch& s) : Tiles(a, s) {
-    anchor = a.dbkv ? a.stride : ANCHOR;
+  float *uT, *dn, *dd, *dnT, *dP, *dq, *dk, *dk_read, *du, *wide, *stash;
+  float *dS, *dz, *running, *anchors, *anchors_z, *group, *writes;  // of the head at hand
+  float *all_dS, *all_dz, *heads;                                   // of all heads walked side by side
+  int64_t anchor, marks;
+  size_t state, per_head;
+  static int64_t anchor_of(const Backward& a) { return a.dbkv ? a.stride : ANCHOR; }
+  static int64_t marks_of(const Backward& a) { return a.decay != NONE || a.delta ? a.T / anchor_of(a) + 2 : 0; }
+  static size_t per_head_of(const Backward& a) {
+    const size_t Kp = pad(a.K), Vp = pad(a.V);
+    return Kp + marks_of(a) * (Kp * Vp + Kp) + (a.delta ? anchor_of(a) / C * Kp * Vp + (a.T + C) * Vp : 0);
+  }
+  Gradients(const Backward& a, Scratch& s) : Tiles(a, s), anchor(anchor_of(a)), marks(marks_of(a)), state(size_t(Kp) * Vp), per_head(per_head_of(a)) {
     uT = s.take(C * Vp), dn = s.take(C * Vp), dd = s.take(C), dnT = s.take(C * Vp), dP = s.take(C * C);
     dq = s.take(C * Kp), dk = s.take(C * Kp), dk_read = s.take(C * Kp), du = s.take(C * Vp), wide = s.take(C * (Kp > Vp ? Kp : Vp));
-    stash = s.take(C * Kp), running = s.take(Kp), dS = s.take(size_t(Kp) * Vp), dz = s.take(Kp);
-    const size_t marks = a.T / anchor + 2, state = size_t(Kp) * Vp;
-    anchors = s.take(a.decay != NONE || a.delta ? marks * state : 0);
-    anchors_z = s.take(a.decay != NONE || a.delta ? marks * Kp : 0);
-    group = s.take(a.delta ? size_t(anchor / C) * state : 0);
-    writes = s.take(a.delta ? size_t(a.T + C) * Vp : 0);
+    stash = s.take(C * Kp);
+    all_dS = s.take(state * a.width), all_dz = s.take(size_t(Kp) * a.width), heads = s.take(per_head * a.width);
+    select(0);
   }
-  static size_t floats(const Call& a, int64_t anchor) {
-    const size_t Kp = pad(a.K), Vp = pad(a.V), marks = a.T / anchor + 2, state = Kp * Vp;
-    size_t n = Tiles::floats(a) + C * (6 * Kp + 5 * Vp + C + 1) + state + 2 * Kp + 512;
-    if (a.decay != NONE || a.delta) n += marks * (state + Kp);
-    if (a.delta) n += size_t(anchor / C) * state + size_t(a.T + C) * Vp;
-    return n;
+  static size_t floats(const Backward& a) {
+    const size_t Kp = pad(a.K), Vp = pad(a.V);
+    return Tiles::floats(a) + C * (6 * Kp + 5 * Vp + C + 1) + (Kp * Vp + Kp + per_head_of(a)) * a.width;
+  }
+  void select(int i) {
+    Tiles::select(i);
+    dS = all_dS + i * state, dz = all_dz + size_t(i) * Kp;
+    running = heads + i * per_head;
+    anchors = running + Kp, anchors_z = anchors + marks * state, group = anchors_z + marks * Kp;
+    writes = group + anchor / C * state;  // `group` and `writes` are there with the delta rule only
   }
 };
 
@@ -78,54 +87,51 @@ STAGE void gather(const float* P, bool transposed, const float* y, int ld, float
 INLINE int64_t dg_index(const Backward& a, const Walk& w, int64_t t) { return ((w.direction * a.B + w.b) * a.T + t) * a.H + w.h; }
 
 // First walk: dq, and q·dq of every token left in dg; keeps the anchors and, for the delta rule, the writes.
-STAGE void query_walk(const Backward& a, const Walk& w, Gradients& s, bool add) {
-  const int Kp = s.Kp, Vp = s.Vp;
-  const int64_t state = int64_t(Kp) * Vp;
+STAGE void query_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, bool add) {
+  const int Kp = s.Kp, Vp = s.Vp, rows = least(C, w.length - p);
+  const size_t state = s.state;
   const bool normal = a.normalize != PLAIN, channel = a.decay == CHANNEL, decays = a.decay != NONE;
-  for (int64_t p = 0; p < w.length; p += C) {
-    const int rows = least(C, w.length - p);
-    load_chunk(a, w, s, p, rows, TRIANGLE, false);
-    if ((decays || a.delta) && p % s.anchor == 0) {
-      __builtin_memcpy(s.anchors + p / s.anchor * state, s.S, size_t(state) * 4);
-      __builtin_memcpy(s.anchors_z + p / s.anchor * Kp, s.z, size_t(Kp) * 4);
-    }
-    const float* u = s.v;
-    if (a.delta) {
-      float beta[C], A[C * C];
-      transpose(s.k, Kp, C, Kp, s.kT, C);
-      delta_write(a, w, s, p, rows, beta, A);
-      u = s.u;
-      __builtin_memcpy(s.writes + p * Vp, u, size_t(C) * Vp * 4);
-    }
-    transpose(u, Vp, C, Vp, s.uT, C);
-    for (int i = 0; i < C * Kp && decays; i += LANES) store(s.stash + i, vec{});
-    for (int64_t h = w.h * a.G; h < (w.h + 1) * a.G; ++h) {
-      load_grad(a, w, s, p, rows, h);
-      products(s.dn, Vp, s.uT, channel ? nullptr : s.gate.D, normal ? s.dd : nullptr, s.dP);
-      transpose(s.dn, Vp, C, Vp, s.dnT, C);
-      read_keys(s, s.S, s.dnT, normal ? s.dd : nullptr, s.z, s.gate.seen, channel ? s.gate.seen_k : nullptr, s.dq);
-      if (channel) {
-        keep_triangle(s.dP, w.own);
-        channel_gather(s.dP, s.k, s.gate, w.leaving, Kp, s.dq);
-      } else {
-        gather(s.dP, false, s.k, Kp, s.dq);
-      }
-      if (decays) {
-        load_rows(span(a.q, w, p, h), rows, int(a.K), a.scale, s.q, Kp);
-        if (channel)
-          for (int i = 0; i < C * Kp; i += LANES) store(s.stash + i, load(s.stash + i) + load(s.q + i) * load(s.dq + i));
-        else
-          for (int r = 0; r < rows; ++r) s.stash[r] += dot(s.q + r * Kp, s.dq + r * Kp, Kp);
-      }
-      store_rows(s.dq, Kp, rows, int(a.K), a.scale, span(a.dq, w, p, h), add);
-    }
-    if (channel) {
-      store_rows(s.stash, Kp, rows, int(a.K), 1.0f, gate_span(a.dg + w.direction * a.B * a.T * a.H * a.K, a, w, p, a.K), false);
-    } else if (decays) {
-      for (int r = 0; r < rows; ++r) a.dg[dg_index(a, w, w.token(p + r))] = s.stash[r];
-    }
-    carry_chunk(a, s, u, normal, false, nullptr);
+  load_chunk(a, w, s, p, rows, TRIANGLE, false);
+  if ((decays || a.delta) && p % s.anchor == 0) {
+    __builtin_memcpy(s.anchors + p / s.anchor * state, s.S, size_t(state) * 4);
+    __builtin_memcpy(s.anchors_z + p / s.anchor * Kp, s.z, size_t(Kp) * 4);
   }
+  const float* u = s.v;
+  if (a.delta) {
+    float beta[C], A[C * C];
+    transpose(s.k, Kp, C, Kp, s.kT, C);
+    delta_write(a, w, s, p, rows, beta, A);
+    u = s.u;
+    __builtin_memcpy(s.writes + p * Vp, u, size_t(C) * Vp * 4);
+  }
+  transpose(u, Vp, C, Vp, s.uT, C);
+  for (int i = 0; i < C * Kp && decays; i += LANES) store(s.stash + i, vec{});
+  for (int64_t h = w.h * a.G; h < (w.h + 1) * a.G; ++h) {
+    load_grad(a, w, s, p, rows, h);
+    products(s.dn, Vp, s.uT, channel ? nullptr : s.gate.D, normal ? s.dd : nullptr, s.dP);
+    transpose(s.dn, Vp, C, Vp, s.dnT, C);
+    read_keys(s, s.S, s.dnT, normal ? s.dd : nullptr, s.z, s.gate.seen, channel ? s.gate.seen_k : nullptr, s.dq);
+    if (channel) {
+      keep_triangle(s.dP, w.own);
+      channel_gather(s.dP, s.k, s.gate, w.leaving, Kp, s.dq);
+    } else {
+      gather(s.dP, false, s.k, Kp, s.dq);
+    }
+    if (decays) {
+      load_rows(span(a.q, w, p, h), rows, int(a.K), a.scale, s.q, Kp);
+      if (channel)
+        for (int i = 0; i < C * Kp; i += LANES) store(s.stash + i, load(s.stash + i) + load(s.q + i) * load(s.dq + i));
+      else
+        for (int r = 0; r < rows; ++r) s.stash[r] += dot(s.q + r * Kp, s.dq + r * Kp, Kp);
+    }
+    store_rows(s.dq, Kp, rows, int(a.K), a.scale, span(a.dq, w, p, h), add);
+  }
+  if (channel) {
+    store_rows(s.stash, Kp, rows, int(a.K), 1.0f, gate_span(a.dg + w.direction * a.B * a.T * a.H * a.K, a, w, p, a.K), false);
+  } else if (decays) {
+    for (int r = 0; r < rows; ++r) a.dg[dg_index(a, w, w.token(p + r))] = s.stash[r];
+  }
+  carry_chunk(a, s, u, normal, false, nullptr);
 }
 
 // ⟨S, dS⟩ + ⟨z, dz⟩: the gradient to the logarithm of all that the state was faded by, one number or one per channel.
@@ -140,148 +146,160 @@ STAGE void pin(const Gradients& s, const float* S, const float* z, bool normal, 
 }
 
 // Second walk, chunks from last to first: dk, dv, dbeta, dlog_decay, and the gradient of the state that entered.
-STAGE void key_walk(const Backward& a, const Walk& w, Gradients& s, bool add) {
-  const int Kp = s.Kp, Vp = s.Vp;
-  const int64_t state = int64_t(Kp) * Vp;
+STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, bool add) {
+  const int Kp = s.Kp, Vp = s.Vp, rows = least(C, w.length - p);
+  const size_t state = s.state;
   const bool normal = a.normalize != PLAIN, channel = a.decay == CHANNEL, decays = a.decay != NONE;
   Gate& gate = s.gate;
   float* running = s.running;  // of the log-decay gradient, from the end
-  if (w.length == 0) return;
   const int64_t last = (w.length - 1) / C * C;
-  if (decays) pin(s, s.S, s.z, normal, channel, running);
-  for (int64_t p = last; p >= 0; p -= C) {
-    const int rows = least(C, w.length - p);
-    const int64_t end = p + C;
-    if (a.delta && (p == last || end % s.anchor == 0)) {  // rebuild the states of this stretch from its anchor
-      const int64_t from = p / s.anchor * s.anchor;
-      __builtin_memcpy(s.S, s.anchors + p / s.anchor * state, size_t(state) * 4);
-      for (int64_t m = from; m <= p; m += C) {
-        __builtin_memcpy(s.group + (m - from) / C * state, s.S, size_t(state) * 4);
-        if (m == p) break;
-        load_chunk(a, w, s, m, C, TRIANGLE, false);
-        carry_chunk(a, s, s.writes + m * Vp, false, false, nullptr);
-      }
-    }
-    if (decays && p != last && end % s.anchor == 0)
-      pin(s, s.anchors + end / s.anchor * state, s.anchors_z + end / s.anchor * Kp, normal, channel, running);
-    load_chunk(a, w, s, p, rows, TRIANGLE, false);
-    transpose(s.k, Kp, C, Kp, s.kT, C);
-    float beta[C], A[C * C];
-    const float* u = s.v;
-    if (a.delta) {
-      __builtin_memcpy(s.S, s.group + p % s.anchor / C * state, size_t(state) * 4);
-      delta_write(a, w, s, p, rows, beta, A);
-      u = s.u;
-    }
-    transpose(u, Vp, C, Vp, s.uT, C);
-    // carry: what the chunk left in the state
-    const float* keeper = s.k;
-    if (channel) {
-      scale_tile(s.k, gate.kept_k, s.q_seen, Kp);
-      keeper = s.q_seen;
-    }
-    blocks(C, Vp, [&]<int MR, int NV>(int m, int n) {
-      vec acc[MR][NV] = {};
-      multiply(acc, Kp, keeper + m * Kp, Kp, 1, s.dS + n, Vp);
-      for (int r = 0; r < MR; ++r)
-        for (int l = 0; l < NV; ++l)
-          store(s.du + (m + r) * Vp + n + l * LANES, channel ? acc[r][l] : acc[r][l] * gate.kept[m + r]);
-    });
-    if (a.du) {
-      load_rows(gate_span(a.du + w.direction * a.B * a.T * a.H * a.V, a, w, p, a.V), rows, int(a.V), 1.0f, s.wide, Vp);
-      for (int i = 0; i < C * Vp; i += LANES) store(s.du + i, load(s.du + i) + load(s.wide + i));
-    }
-    float ones[C];
-    for (float& x : ones) x = 1.0f;
-    read_keys(s, s.dS, s.uT, normal ? ones : nullptr, s.dz, gate.kept, channel ? gate.kept_k : nullptr, s.dk);
-    // emit
-    for (int64_t g = 0; g < a.G; ++g) {
-      const int64_t h = w.h * a.G + g;
-      load_rows(span(a.q, w, p, h), rows, int(a.K), a.scale, s.q, Kp);
-      load_grad(a, w, s, p, rows, h);
-      products(s.dn, Vp, s.uT, channel ? nullptr : gate.D, normal ? s.dd : nullptr, s.dP);
-      const float first = g == 0 ? 1.0f : 0.0f;
-      if (channel) {
-        channel_products(s.q, s.kT, gate, w.leaving, Kp, w.own, s.P);
-        keep_triangle(s.dP, w.own);
-        channel_scatter(s.dP, s.q, gate, w.leaving, Kp, s.dk);
-        scale_tile(s.q, gate.seen_k, s.q_seen, Kp);
-        gather(s.P, true, s.dn, Vp, s.du);
-        carry(s.dS, Kp, Vp, 1.0f, first ? gate.across_k : nullptr, s.q_seen, false, s.dn);
-        if (normal) carry_z(s.dz, Kp, 1.0f, first ? gate.across_k : nullptr, s.q_seen, s.dd);
-      } else {
-        products(s.q, Kp, s.kT, gate.D, nullptr, s.P);
-        gather(s.dP, true, s.q, Kp, s.dk);
-        gather(s.P, true, s.dn, Vp, s.du);
-        const float across = first ? gate.across : 1.0f;
-        if (!decays) {
-          carry(s.dS, Kp, Vp, 1.0f, nullptr, s.q, false, s.dn);
-          if (normal) carry_z(s.dz, Kp, 1.0f, nullptr, s.q, s.dd);
-        } else {
-          float weight[C];
-          for (int r = 0; r < C; ++r) weight[r] = gate.seen[r] * s.dd[r];
-          scale_rows(s.dn, gate.seen, s.wide, Vp);
-          carry(s.dS, Kp, Vp, across, nullptr, s.q, false, s.wide);
-          if (normal) carry_z(s.dz, Kp, across, nullptr, s.q, weight);
-        }
-      }
-    }
-    if (a.delta) {  // write: du becomes the gradient of v
-      solve(s.M, true, s.du, Vp);
-      products(s.du, Vp, s.uT, nullptr, nullptr, s.dP);  // −dM, its lower triangle
-      keep_triangle(s.dP, 0.0f);
-      for (int r = 0; r < rows; ++r) {
-        float x = dot(s.du + r * Vp, s.w + r * Vp, Vp);
-        for (int j = 0; j < r; ++j) x -= s.dP[r * C + j] * A[r * C + j];
-        a.dbeta[dg_index(a, w, w.token(p + r))] = x;
-      }
-      float minus[C];
-      for (int r = 0; r < C; ++r) minus[r] = -beta[r];
-      scale_rows(s.dP, minus, s.dP, C);  // beta · dM
-      scale_rows(s.du, beta, s.du, Vp);
-      transpose(s.du, Vp, C, Vp, s.dnT, C);
-      read_keys(s, s.S, s.dnT, nullptr, nullptr, gate.seen, channel ? gate.seen_k : nullptr, s.dk_read);
-      for (int i = 0; i < C * Kp; i += LANES) store(s.dk_read + i, -load(s.dk_read + i));
-      if (channel) {
-        channel_gather(s.dP, s.k, gate, w.leaving, Kp, s.dk_read);
-        channel_scatter(s.dP, s.k, gate, w.leaving, Kp, s.dk);
-      } else {
-        for (int i = 0; i < C * C; i += LANES) store(s.dP + i, load(s.dP + i) * load(gate.D + i));
-        gather(s.dP, false, s.k, Kp, s.dk_read);
-        gather(s.dP, true, s.k, Kp, s.dk);
-      }
-      for (int i = 0; i < C * Kp; i += LANES) store(s.k_seen + i, -load(s.k_seen + i));
-      carry(s.dS, Kp, Vp, 1.0f, nullptr, s.k_seen, false, s.du);
-    }
-    if (decays) {  // gate: q·dq and k·dk_read pull the clock up, k·dk pulls it down; then a sum from the end
-      if (channel)
-        load_rows(gate_span(a.dg + w.direction * a.B * a.T * a.H * a.K, a, w, p, a.K), rows, int(a.K), 1.0f, s.stash, Kp);
-      for (int r = rows - 1; r >= 0; --r) {
-        const int64_t at = dg_index(a, w, w.token(p + r));
-        if (channel) {
-          for (int c = 0; c < a.K; ++c) {
-            const int i = r * Kp + c;
-            const float e = s.stash[i] + s.k[i] * ((a.delta ? s.dk_read[i] : 0.0f) - s.dk[i]);
-            a.dg[at * a.K + c] = w.leaving ? running[c] : running[c] + e;
-            running[c] += e;
-          }
-        } else {
-          const float e = a.dg[at] + (a.delta ? dot(s.k + r * Kp, s.dk_read + r * Kp, Kp) : 0.0f) - dot(s.k + r * Kp, s.dk + r * Kp, Kp);
-          a.dg[at] = w.leaving ? running[0] : running[0] + e;
-          running[0] += e;
-        }
-      }
-    }
-    for (int i = 0; i < C * Kp && a.delta; i += LANES) store(s.dk + i, load(s.dk + i) + load(s.dk_read + i));
-    store_rows(s.dk, Kp, rows, int(a.K), 1.0f, span(a.dk, w, p, w.h), add);
-    store_rows(s.du, Vp, rows, int(a.V), 1.0f, span(a.dv, w, p, w.h), add);
-    if (a.dbkv && p % a.stride == 0) {
-      const int64_t mark = ((w.direction * a.B + w.b) * a.rows + w.boundary + p / a.stride) * a.H + w.h;
-      for (int c = 0; c < a.K; ++c)
-        for (int i = 0; i < a.V; ++i) s.dS[c * Vp + i] += a.dbkv[(mark * a.K + c) * a.V + i];
-      for (int c = 0; c < a.K && a.dbz; ++c) s.dz[c] += a.dbz[mark * a.K + c];
+  if (decays && p == last) pin(s, s.S, s.z, normal, channel, running);
+  const int64_t end = p + C;
+  if (a.delta && (p == last || end % s.anchor == 0)) {  // rebuild the states of this stretch from its anchor
+    const int64_t from = p / s.anchor * s.anchor;
+    __builtin_memcpy(s.S, s.anchors + p / s.anchor * state, size_t(state) * 4);
+    for (int64_t m = from; m <= p; m += C) {
+      __builtin_memcpy(s.group + (m - from) / C * state, s.S, size_t(state) * 4);
+      if (m == p) break;
+      load_chunk(a, w, s, m, C, TRIANGLE, false);
+      carry_chunk(a, s, s.writes + m * Vp, false, false, nullptr);
     }
   }
+  if (decays && p != last && end % s.anchor == 0)
+    pin(s, s.anchors + end / s.anchor * state, s.anchors_z + end / s.anchor * Kp, normal, channel, running);
+  load_chunk(a, w, s, p, rows, TRIANGLE, false);
+  transpose(s.k, Kp, C, Kp, s.kT, C);
+  float beta[C], A[C * C];
+  const float* u = s.v;
+  if (a.delta) {
+    __builtin_memcpy(s.S, s.group + p % s.anchor / C * state, size_t(state) * 4);
+    delta_write(a, w, s, p, rows, beta, A);
+    u = s.u;
+  }
+  transpose(u, Vp, C, Vp, s.uT, C);
+  // carry: what the chunk left in the state
+  const float* keeper = s.k;
+  if (channel) {
+    scale_tile(s.k, gate.kept_k, s.q_seen, Kp);
+    keeper = s.q_seen;
+  }
+  blocks(C, Vp, [&]<int MR, int NV>(int m, int n) {
+    vec acc[MR][NV] = {};
+    multiply(acc, Kp, keeper + m * Kp, Kp, 1, s.dS + n, Vp);
+    for (int r = 0; r < MR; ++r)
+      for (int l = 0; l < NV; ++l)
+        store(s.du + (m + r) * Vp + n + l * LANES, channel ? acc[r][l] : acc[r][l] * gate.kept[m + r]);
+  });
+  if (a.du) {
+    load_rows(gate_span(a.du + w.direction * a.B * a.T * a.H * a.V, a, w, p, a.V), rows, int(a.V), 1.0f, s.wide, Vp);
+    for (int i = 0; i < C * Vp; i += LANES) store(s.du + i, load(s.du + i) + load(s.wide + i));
+  }
+  float ones[C];
+  for (float& x : ones) x = 1.0f;
+  read_keys(s, s.dS, s.uT, normal ? ones : nullptr, s.dz, gate.kept, channel ? gate.kept_k : nullptr, s.dk);
+  // emit
+  for (int64_t g = 0; g < a.G; ++g) {
+    const int64_t h = w.h * a.G + g;
+    load_rows(span(a.q, w, p, h), rows, int(a.K), a.scale, s.q, Kp);
+    load_grad(a, w, s, p, rows, h);
+    products(s.dn, Vp, s.uT, channel ? nullptr : gate.D, normal ? s.dd : nullptr, s.dP);
+    const float first = g == 0 ? 1.0f : 0.0f;
+    if (channel) {
+      channel_products(s.q, s.kT, gate, w.leaving, Kp, w.own, s.P);
+      keep_triangle(s.dP, w.own);
+      channel_scatter(s.dP, s.q, gate, w.leaving, Kp, s.dk);
+      scale_tile(s.q, gate.seen_k, s.q_seen, Kp);
+      gather(s.P, true, s.dn, Vp, s.du);
+      carry(s.dS, Kp, Vp, 1.0f, first ? gate.across_k : nullptr, s.q_seen, false, s.dn);
+      if (normal) carry_z(s.dz, Kp, 1.0f, first ? gate.across_k : nullptr, s.q_seen, s.dd);
+    } else {
+      products(s.q, Kp, s.kT, gate.D, nullptr, s.P);
+      gather(s.dP, true, s.q, Kp, s.dk);
+      gather(s.P, true, s.dn, Vp, s.du);
+      const float across = first ? gate.across : 1.0f;
+      if (!decays) {
+        carry(s.dS, Kp, Vp, 1.0f, nullptr, s.q, false, s.dn);
+        if (normal) carry_z(s.dz, Kp, 1.0f, nullptr, s.q, s.dd);
+      } else {
+        float weight[C];
+        for (int r = 0; r < C; ++r) weight[r] = gate.seen[r] * s.dd[r];
+        scale_rows(s.dn, gate.seen, s.wide, Vp);
+        carry(s.dS, Kp, Vp, across, nullptr, s.q, false, s.wide);
+        if (normal) carry_z(s.dz, Kp, across, nullptr, s.q, weight);
+      }
+    }
+  }
+  if (a.delta) {  // write: du becomes the gradient of v
+    solve(s.M, true, s.du, Vp);
+    products(s.du, Vp, s.uT, nullptr, nullptr, s.dP);  // −dM, its lower triangle
+    keep_triangle(s.dP, 0.0f);
+    for (int r = 0; r < rows; ++r) {
+      float x = dot(s.du + r * Vp, s.w + r * Vp, Vp);
+      for (int j = 0; j < r; ++j) x -= s.dP[r * C + j] * A[r * C + j];
+      a.dbeta[dg_index(a, w, w.token(p + r))] = x;
+    }
+    float minus[C];
+    for (int r = 0; r < C; ++r) minus[r] = -beta[r];
+    scale_rows(s.dP, minus, s.dP, C);  // beta · dM
+    scale_rows(s.du, beta, s.du, Vp);
+    transpose(s.du, Vp, C, Vp, s.dnT, C);
+    read_keys(s, s.S, s.dnT, nullptr, nullptr, gate.seen, channel ? gate.seen_k : nullptr, s.dk_read);
+    for (int i = 0; i < C * Kp; i += LANES) store(s.dk_read + i, -load(s.dk_read + i));
+    if (channel) {
+      channel_gather(s.dP, s.k, gate, w.leaving, Kp, s.dk_read);
+      channel_scatter(s.dP, s.k, gate, w.leaving, Kp, s.dk);
+    } else {
+      for (int i = 0; i < C * C; i += LANES) store(s.dP + i, load(s.dP + i) * load(gate.D + i));
+      gather(s.dP, false, s.k, Kp, s.dk_read);
+      gather(s.dP, true, s.k, Kp, s.dk);
+    }
+    for (int i = 0; i < C * Kp; i += LANES) store(s.k_seen + i, -load(s.k_seen + i));
+    carry(s.dS, Kp, Vp, 1.0f, nullptr, s.k_seen, false, s.du);
+  }
+  if (decays) {  // gate: q·dq and k·dk_read pull the clock up, k·dk pulls it down; then a sum from the end
+    if (channel)
+      load_rows(gate_span(a.dg + w.direction * a.B * a.T * a.H * a.K, a, w, p, a.K), rows, int(a.K), 1.0f, s.stash, Kp);
+    for (int r = rows - 1; r >= 0; --r) {
+      const int64_t at = dg_index(a, w, w.token(p + r));
+      if (channel) {
+        for (int c = 0; c < a.K; ++c) {
+          const int i = r * Kp + c;
+          const float e = s.stash[i] + s.k[i] * ((a.delta ? s.dk_read[i] : 0.0f) - s.dk[i]);
+          a.dg[at * a.K + c] = w.leaving ? running[c] : running[c] + e;
+          running[c] += e;
+        }
+      } else {
+        const float e = a.dg[at] + (a.delta ? dot(s.k + r * Kp, s.dk_read + r * Kp, Kp) : 0.0f) - dot(s.k + r * Kp, s.dk + r * Kp, Kp);
+        a.dg[at] = w.leaving ? running[0] : running[0] + e;
+        running[0] += e;
+      }
+    }
+  }
+  for (int i = 0; i < C * Kp && a.delta; i += LANES) store(s.dk + i, load(s.dk + i) + load(s.dk_read + i));
+  store_rows(s.dk, Kp, rows, int(a.K), 1.0f, span(a.dk, w, p, w.h), add);
+  store_rows(s.du, Vp, rows, int(a.V), 1.0f, span(a.dv, w, p, w.h), add);
+  if (a.dbkv && p % a.stride == 0) {
+    const int64_t mark = ((w.direction * a.B + w.b) * a.rows + w.boundary + p / a.stride) * a.H + w.h;
+    for (int c = 0; c < a.K; ++c)
+      for (int i = 0; i < a.V; ++i) s.dS[c * Vp + i] += a.dbkv[(mark * a.K + c) * a.V + i];
+    for (int c = 0; c < a.K && a.dbz; ++c) s.dz[c] += a.dbz[mark * a.K + c];
+  }
+}
+
+STAGE void query_walk(const Backward& a, Walk w, Gradients& s, bool add) {
+  for (int64_t p = 0; p < w.length; p += C, w.h -= a.width)
+    for (int i = 0; i < a.width; ++i, ++w.h) {
+      s.select(i);
+      query_chunk(a, w, s, p, add);
+    }
+}
+
+STAGE void key_walk(const Backward& a, Walk w, Gradients& s, bool add) {
+  for (int64_t p = (w.length + C - 1) / C * C - C; p >= 0; p -= C, w.h -= a.width)
+    for (int i = 0; i < a.width; ++i, ++w.h) {
+      s.select(i);
+      key_chunk(a, w, s, p, add);
+    }
 }
 
 static void backward_job(const Backward& a, Job job, float* scratch) {
@@ -289,17 +307,11 @@ static void backward_job(const Backward& a, Job job, float* scratch) {
   Gradients s(a, take);
   for (int direction = 0; direction < (a.causal ? 1 : 2); ++direction) {
     const Walk w = make_walk(a, job, direction);
-    enter(a, w, job, s, a.kv, a.z, a.seg_kv, a.seg_z);
+    enter(a, w, job, s.all_S, s.all_z, a.kv, a.z, a.seg_kv, a.seg_z);
     query_walk(a, w, s, direction == 1);
-    const int64_t at = a.segments > 1 ? segment_index(a, w, job) : state_index(a, w, job);
-    load_state((a.segments > 1 ? a.seg_dkv : a.dkv_out) + at * a.K * a.V, int(a.K), int(a.V), s.dS, s.Kp, s.Vp);
-    load_state((a.segments > 1 ? a.seg_dz : a.dz_out) + at * a.K, 1, int(a.K), s.dz, 1, s.Kp);
+    enter(a, w, job, s.all_dS, s.all_dz, a.dkv_out, a.dz_out, a.seg_dkv, a.seg_dz);
     key_walk(a, w, s, direction == 1);
-    if (job.segment == (w.reverse ? a.segments - 1 : 0)) {
-      const int64_t out = state_index(a, w, job);
-      store_state(s.dS, s.Vp, int(a.K), int(a.V), a.dkv + out * a.K * a.V);
-      store_state(s.dz, s.Kp, 1, int(a.K), a.dz + out * a.K);
-    }
+    if (job.segment == (w.reverse ? a.segments - 1 : 0)) leave(a, w, job, s.all_dS, s.all_dz, a.dkv, a.dz);
   }
 }
 
@@ -309,7 +321,6 @@ static void backward_aggregate(const Backward& a, Job job, float* scratch) {
   Gradients s(a, take);
   for (int direction = 0; direction < (a.causal ? 1 : 2); ++direction) {
     const Walk w = make_walk(a, job, direction);
-    s.gate.rows = 0;
     __builtin_memset(s.dS, 0, size_t(s.Kp) * s.Vp * 4);
     __builtin_memset(s.dz, 0, size_t(s.Kp) * 4);
     for (int64_t p = (w.length - 1) / C * C; p >= 0 && w.length; p -= C) {

@@ -99,38 +99,37 @@ struct Gate {
   alignas(64) float seen[C], kept[C];  // e^ℓ_i: how the state before the chunk has faded; e^(L − ℓ_j): what is left at its end
   alignas(64) float D[C * C];          // e^(ℓ_i − ℓ_j) below the diagonal, `own` on it, and above it 0 or, for FULL, the other direction
   float across;                        // e^L
-  int rows;                            // of the chunk all this is for, or 0: without a decay, or with a constant one, whole chunks are alike
   // channel: one number per token and channel, in tiles [C Kp]
   float *a, *seen_k, *kept_k, *across_k;
 };
 
 enum Intra { TRIANGLE, NOTHING, FULL };
 
+// All fadings of a chunk from a_i = e^(log decay): a row of D is the row before it times one a. Only products of numbers <= 1, so that
+// neither a decay of -inf nor a long sum of them costs an accuracy that the token by token form would keep.
 STAGE void scalar_gate(Gate& gate, const float* g, bool leaving, float own, Intra intra, bool right_leaving) {
-  alignas(64) float clock[C], right[C];
-  float total = 0;
-  for (int i = 0; i < C; ++i) {
-    const float before = total;
-    total += g[i] < -100.0f ? -100.0f : g[i];  // e^-100 is 0 here; -inf would make a NaN of the differences below
-    clock[i] = leaving ? before : total;
-    right[i] = right_leaving ? total : before;  // the clock of the other direction, counted from this side
-  }
-  gate.across = exp(splat(total))[0];
-  for (int i = 0; i < C; i += LANES) {
-    store(gate.seen + i, exp(load(clock + i)));
-    store(gate.kept + i, exp(splat(total) - load(clock + i)));
-  }
-  if (intra == NOTHING) return;
-  for (int i = 0; i < C; ++i) {
-    for (int j = 0; j < C; j += LANES) {
-      const ivec lane = iota() + j;
-      const vec left = splat(clock[i]) - load(clock + j);
-      const vec other = load(right + j) - splat(right[i]);
-      const vec e = exp(lane < i ? left : other);
-      store(gate.D + i * C + j, intra == FULL ? e : lane < i ? e : vec{});
+  alignas(64) float a[C];
+  for (int i = 0; i < C; i += LANES) store(a + i, exp(load(g + i)));
+  for (int j = 0; j < C; j += LANES) {
+    vec below = {}, above = {};
+    for (int i = 0; i < C; ++i) {
+      if (i) below = multiply_below(below, a[leaving ? i - 1 : i], i - j);
+      below = iota() + j == i ? splat(1.0f) : below;
+      store(gate.D + i * C + j, below);
     }
-    gate.D[i * C + i] = own;
+    const vec last = load(gate.D + (C - 1) * C + j);
+    store(gate.kept + j, leaving ? last * a[C - 1] : last);
+    if (intra != FULL) continue;
+    for (int i = C - 1; i >= 0; --i) {  // seen from the right, where leaving and entering change places in time
+      above = above * a[right_leaving && i < C - 1 ? i + 1 : i];
+      above = iota() + j == i ? splat(1.0f) : above;
+      const vec row = load(gate.D + i * C + j);
+      store(gate.D + i * C + j, iota() + j > i ? above : row);
+    }
   }
+  for (int i = 0; i < C; ++i) gate.seen[i] = leaving ? gate.D[i * C] : gate.D[i * C] * a[0];
+  gate.across = gate.kept[0] * (leaving ? 1.0f : a[0]);
+  for (int i = 0; i < C; ++i) gate.D[i * C + i] = own;
 }
 
 STAGE void channel_gate(Gate& gate, Span g, int rows, int K, int Kp, bool leaving) {
@@ -160,8 +159,6 @@ INLINE Span gate_span(const float* x, const Call& a, const Walk& w, int64_t posi
 
 INLINE void set_gate(Gate& gate, const Call& a, const Walk& w, int64_t position, int rows, Intra intra, bool right_leaving, int Kp) {
   if (a.decay == CHANNEL) return channel_gate(gate, gate_span(a.g, a, w, position, a.K), rows, int(a.K), Kp, w.leaving);
-  if (a.decay != SCALAR && gate.rows == rows) return;
-  gate.rows = rows;
   float g[C] = {};
   for (int r = 0; r < rows; ++r)
     if (a.decay != NONE) g[r] = a.decay == HEAD ? a.g[w.h] : a.g[(w.b * a.T + w.token(position + r)) * a.H + w.h];

@@ -1,4 +1,4 @@
-// The forward walk over one head of one sequence, and what a segment of it adds to the state.
+// The forward walk over heads of one sequence, and what a segment of it adds to the state.
 #pragma once
 #include "chunk.h"
 
@@ -6,19 +6,23 @@ namespace linattn::LINATTN_ISA {
 
 struct Tiles {
   int Kp, Vp;
-  float *q, *k, *kT, *k_seen, *q_seen, *v, *u, *w, *P, *M, *o, *S, *z;
+  float *q, *k, *kT, *k_seen, *q_seen, *v, *u, *w, *P, *M, *o;
+  float *S, *z;              // of the head at hand
+  float *all_S, *all_z;      // of all heads walked side by side
   Gate gate;
   Tiles(const Call& a, Scratch& s) : Kp(pad(a.K)), Vp(pad(a.V)) {
     q = s.take(C * Kp), k = s.take(C * Kp), kT = s.take(C * Kp), k_seen = s.take(C * Kp), q_seen = s.take(C * Kp);
     v = s.take(C * Vp), u = s.take(C * Vp), w = s.take(C * Vp), o = s.take(C * Vp);
     P = s.take(C * C), M = s.take(C * C);
-    S = s.take(size_t(Kp) * Vp), z = s.take(Kp);
+    all_S = s.take(size_t(Kp) * Vp * a.width), all_z = s.take(size_t(Kp) * a.width);
     gate.a = s.take(C * Kp), gate.seen_k = s.take(C * Kp), gate.kept_k = s.take(C * Kp), gate.across_k = s.take(Kp);
+    select(0);
   }
   static size_t floats(const Call& a) {
     const size_t Kp = pad(a.K), Vp = pad(a.V);
-    return C * (8 * Kp + 4 * Vp + 2 * C) + Kp * Vp + 2 * Kp + 64;
+    return C * (8 * Kp + 4 * Vp + 2 * C) + (Kp * Vp + Kp) * a.width + Kp + 64;
   }
+  void select(int i) { S = all_S + size_t(i) * Kp * Vp, z = all_z + size_t(i) * Kp; }
 };
 
 // A job's span of its sequence, for one direction.
@@ -101,59 +105,80 @@ STAGE void normalize(const Forward& a, const Walk& w, Tiles& s, int64_t p, int r
   }
 }
 
-STAGE void forward_walk(const Forward& a, const Walk& w, Tiles& s, Intra intra, bool add, bool finish) {
+INLINE void forward_chunk(const Forward& a, const Walk& w, Tiles& s, int64_t p, int rows, Intra intra, bool add, bool finish) {
   const int Kp = s.Kp, Vp = s.Vp;
   const bool normal = a.normalize != PLAIN, channel = a.decay == CHANNEL;
+  const int64_t next = p + rows < w.length ? p + rows : p;
+  load_chunk(a, w, s, p, rows, intra, a.gating != TARGET);
+  if (a.bkv && p % a.stride == 0) {
+    const int64_t at = ((w.direction * a.B + w.b) * a.rows + w.boundary + p / a.stride) * a.H + w.h;
+    store_state(s.S, Vp, int(a.K), int(a.V), a.bkv + at * a.K * a.V);
+    if (normal) store_state(s.z, Kp, 1, int(a.K), a.bz + at * a.K);
+  }
+  const float* u = s.v;
+  if (a.delta || intra != NOTHING) transpose(s.k, Kp, C, Kp, s.kT, C);
+  if (a.delta) {
+    float beta[C], A[C * C];
+    delta_write(a, w, s, p, rows, beta, A);
+    u = s.u;
+  }
+  if (a.u) store_rows(u, Vp, rows, int(a.V), 1.0f, gate_span(a.u + w.direction * a.B * a.T * a.H * a.V, a, w, p, a.V), false);
+  for (int64_t h = w.h * a.G; h < (w.h + 1) * a.G; ++h) {
+    load_rows(span(a.q, w, p, h), rows, int(a.K), a.scale, s.q, Kp);
+    const float* reader = s.q;
+    if (channel) {
+      scale_tile(s.q, s.gate.seen_k, s.q_seen, Kp);
+      reader = s.q_seen;
+      channel_products(s.q, s.kT, s.gate, w.leaving, Kp, w.own, s.P);
+    } else if (intra != NOTHING) {
+      products(s.q, Kp, s.kT, s.gate.D, nullptr, s.P);
+    }
+    const Span o = span(a.o, w, p, h);
+    const bool direct = rows == C && !o.bf16 && a.V == Vp && !normal && !add;  // straight to memory, without the tile
+    const Ahead ahead = {span(a.q, w, next, h), int(a.K) * (a.q.bf16 ? 2 : 4)};
+    emit(reader, Kp, s.S, Vp, channel || a.decay == NONE ? nullptr : s.gate.seen, intra == NOTHING ? nullptr : s.P, intra == TRIANGLE, u,
+         direct ? reinterpret_cast<float*>(o.p) : s.o, direct ? o.step : Vp, &ahead);
+    if (direct) continue;
+    if (normal) normalize(a, w, s, p, rows, h, reader, intra != NOTHING, add, finish);
+    store_rows(s.o, Vp, rows, int(a.V), 1.0f, o, add && !(normal && finish));
+  }
+  const int size = a.k.bf16 ? 2 : 4;
+  const Ahead ahead[2] = {{span(a.k, w, next, w.h), int(a.K) * size}, {span(a.v, w, next, w.h), int(a.V) * size}};
+  carry_chunk(a, s, u, normal, a.delta || intra != NOTHING, ahead);
+}
+
+STAGE void forward_walk(const Forward& a, Walk w, Tiles& s, Intra intra, bool add, bool finish) {
   int rows;
   for (int64_t p = 0; p < w.length; p += rows) {
     rows = least(C, w.length - p);
     if (intra == NOTHING && p == 0 && w.length % C) rows = int(w.length % C);  // the grid of chunks is the one of the walk from the left
-    const int64_t next = p + rows < w.length ? p + rows : p;
-    load_chunk(a, w, s, p, rows, intra, a.gating != TARGET);
-    if (a.bkv && p % a.stride == 0) {
-      const int64_t at = ((w.direction * a.B + w.b) * a.rows + w.boundary + p / a.stride) * a.H + w.h;
-      store_state(s.S, Vp, int(a.K), int(a.V), a.bkv + at * a.K * a.V);
-      if (normal) store_state(s.z, Kp, 1, int(a.K), a.bz + at * a.K);
+    for (int i = 0; i < a.width; ++i) {
+      s.select(i);
+      forward_chunk(a, w, s, p, rows, intra, add, finish);
+      ++w.h;
     }
-    const float* u = s.v;
-    if (a.delta || intra != NOTHING) transpose(s.k, Kp, C, Kp, s.kT, C);
-    if (a.delta) {
-      float beta[C], A[C * C];
-      delta_write(a, w, s, p, rows, beta, A);
-      u = s.u;
-    }
-    if (a.u) store_rows(u, Vp, rows, int(a.V), 1.0f, gate_span(a.u + w.direction * a.B * a.T * a.H * a.V, a, w, p, a.V), false);
-    for (int64_t h = w.h * a.G; h < (w.h + 1) * a.G; ++h) {
-      load_rows(span(a.q, w, p, h), rows, int(a.K), a.scale, s.q, Kp);
-      const float* reader = s.q;
-      if (channel) {
-        scale_tile(s.q, s.gate.seen_k, s.q_seen, Kp);
-        reader = s.q_seen;
-        channel_products(s.q, s.kT, s.gate, w.leaving, Kp, w.own, s.P);
-      } else if (intra != NOTHING) {
-        products(s.q, Kp, s.kT, s.gate.D, nullptr, s.P);
-      }
-      const Span o = span(a.o, w, p, h);
-      const bool direct = rows == C && !o.bf16 && a.V == Vp && !normal && !add;  // straight to memory, without the tile
-      const Ahead ahead = {span(a.q, w, next, h), int(a.K) * (a.q.bf16 ? 2 : 4)};
-      emit(reader, Kp, s.S, Vp, channel || a.decay == NONE ? nullptr : s.gate.seen, intra == NOTHING ? nullptr : s.P, intra == TRIANGLE, u,
-           direct ? reinterpret_cast<float*>(o.p) : s.o, direct ? o.step : Vp, &ahead);
-      if (direct) continue;
-      if (normal) normalize(a, w, s, p, rows, h, reader, intra != NOTHING, add, finish);
-      store_rows(s.o, Vp, rows, int(a.V), 1.0f, o, add && !(normal && finish));
-    }
-    const int size = a.k.bf16 ? 2 : 4;
-    const Ahead ahead[2] = {{span(a.k, w, next, w.h), int(a.K) * size}, {span(a.v, w, next, w.h), int(a.V) * size}};
-    carry_chunk(a, s, u, normal, a.delta || intra != NOTHING, ahead);
+    w.h -= a.width;
   }
 }
 
 // What enters a job's span in a direction: the segment's incoming state, or the sequence's.
-INLINE void enter(const Call& a, const Walk& w, Job job, Tiles& s, const float* kv, const float* z, const float* seg_kv, const float* seg_z) {
-  const int64_t at = a.segments > 1 ? segment_index(a, w, job) : state_index(a, w, job);
-  s.gate.rows = 0;
-  load_state((a.segments > 1 ? seg_kv : kv) + at * a.K * a.V, int(a.K), int(a.V), s.S, s.Kp, s.Vp);
-  load_state((a.segments > 1 ? seg_z : z) + at * a.K, 1, int(a.K), s.z, 1, s.Kp);
+INLINE void enter(const Call& a, const Walk& w, Job job, float* S, float* z, const float* kv0, const float* z0, const float* seg_kv,
+                  const float* seg_z) {
+  const int Kp = pad(a.K), Vp = pad(a.V);
+  for (int i = 0; i < a.width; ++i, ++job.h) {
+    const int64_t at = a.segments > 1 ? segment_index(a, w, job) : state_index(a, w, job);
+    load_state((a.segments > 1 ? seg_kv : kv0) + at * a.K * a.V, int(a.K), int(a.V), S + size_t(i) * Kp * Vp, Kp, Vp);
+    load_state((a.segments > 1 ? seg_z : z0) + at * a.K, 1, int(a.K), z + size_t(i) * Kp, 1, Kp);
+  }
+}
+
+INLINE void leave(const Call& a, const Walk& w, Job job, const float* S, const float* z, float* kv_out, float* z_out) {
+  const int Kp = pad(a.K), Vp = pad(a.V);
+  for (int i = 0; i < a.width; ++i, ++job.h) {
+    const int64_t at = state_index(a, w, job);
+    store_state(S + size_t(i) * Kp * Vp, Vp, int(a.K), int(a.V), kv_out + at * a.K * a.V);
+    if (z_out) store_state(z + size_t(i) * Kp, Kp, 1, int(a.K), z_out + at * a.K);
+  }
 }
 
 // The last segment of a walk hands its state to the caller.
@@ -169,13 +194,9 @@ static void forward_job(const Forward& a, Job job, float* scratch) {
   for (int direction = a.causal ? 0 : 1; direction >= 0; --direction) {
     Walk w = make_walk(a, job, direction);
     if (once) w.own = 1.0f;
-    enter(a, w, job, s, a.kv, a.z, a.seg_kv, a.seg_z);
+    enter(a, w, job, s.all_S, s.all_z, a.kv, a.z, a.seg_kv, a.seg_z);
     forward_walk(a, w, s, !once ? TRIANGLE : w.reverse ? NOTHING : FULL, !a.causal && !w.reverse, direction == 0);
-    if (is_last(a, w, job)) {
-      const int64_t at = state_index(a, w, job);
-      store_state(s.S, s.Vp, int(a.K), int(a.V), a.kv_out + at * a.K * a.V);
-      if (a.normalize != PLAIN) store_state(s.z, s.Kp, 1, int(a.K), a.z_out + at * a.K);
-    }
+    if (is_last(a, w, job)) leave(a, w, job, s.all_S, s.all_z, a.kv_out, a.normalize != PLAIN ? a.z_out : nullptr);
   }
 }
 
@@ -186,7 +207,6 @@ static void forward_aggregate(const Forward& a, Job job, float* scratch) {
   for (int direction = 0; direction < (a.causal ? 1 : 2); ++direction) {
     const Walk w = make_walk(a, job, direction);
     const int64_t at = segment_index(a, w, job);
-    s.gate.rows = 0;
     __builtin_memset(s.S, 0, size_t(s.Kp) * s.Vp * 4);
     __builtin_memset(s.z, 0, size_t(s.Kp) * 4);
     for (int c = 0; c < a.K; ++c) a.seg_fade[at * a.K + c] = 1.0f;

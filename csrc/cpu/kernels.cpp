@@ -5,7 +5,7 @@
 namespace linattn::LINATTN_ISA {
 
 static size_t scratch(const Call& a, bool backward) {
-  return backward ? Gradients::floats(a, static_cast<const Backward&>(a).dbkv ? a.stride : ANCHOR) : Tiles::floats(a);
+  return backward ? Gradients::floats(static_cast<const Backward&>(a)) : Tiles::floats(a);
 }
 
 static void step(const Step& a, int64_t first, int64_t last) { a.bf16 ? step_heads<bf16>(a, first, last) : step_heads<float>(a, first, last); }

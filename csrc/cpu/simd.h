@@ -47,7 +47,7 @@ INLINE float sum(vec x) {
 // w · a in lanes below n, w in the others.
 INLINE vec multiply_below(vec w, float a, int n) {
 #if defined(__AVX512F__)
-  return (vec)_mm512_mask_mul_ps((__m512)w, (__mmask16)((1u << n) - 1), (__m512)w, _mm512_set1_ps(a));
+  return (vec)_mm512_mask_mul_ps((__m512)w, (__mmask16)(n < 0 ? 0u : (1u << n) - 1), (__m512)w, _mm512_set1_ps(a));
 #else
   return iota() < n ? w * a : w;
 #endif

@@ -1,6 +1,6 @@
 """The one dispatch point: an ordered tuple of backends, and each backend's reasons for saying no."""
 
-from typing import NamedTuple
+from functools import cache
 
 import torch
 
@@ -15,6 +15,7 @@ class Refusal(ValueError):
     """No backend takes the call; the message holds every reason."""
 
 
+@cache
 def choose(call: Call, wanted: str = "auto") -> str:
     """Name of the first backend that takes `call`, or of `wanted`. ValueError lists the known names, Refusal every reason."""
     if wanted != "auto" and wanted not in BY_NAME:

@@ -28,11 +28,10 @@ def load() -> str | None:
     """Load the library, once; the reason if it cannot be."""
     from .. import build
 
-    path = build.LIBRARY
-    if not path.exists():
-        return f"its library is not built ({build.why_not() or 'run `linattn build`'})"
+    if not build.LIBRARY.exists():
+        return f"its library is not built: {build.why_not() or 'run `linattn build`'}"
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(build.LIBRARY))
     except OSError as error:
         return f"its library does not load: {error}"
     return None
@@ -76,3 +75,21 @@ def backward(do, dkv, dz, dbkv, dbz, dwrites, *rest):
         dg = dg.sum((0, 1, 2)) if log_decay.ndim == 1 else dg[0] if form.causal else dg.sum(0)
     dbeta = None if beta is None else dbeta[0] if form.causal else dbeta.sum(0)
     return dq, dk, dv, dg, dbeta, dkv, dz
+
+
+def step(q, k, v, log_decay, beta, kv, z, form: Form):
+    plain = lambda x: x if x is None or x.is_contiguous() else x.contiguous()
+    o, kv, z = _STEP(
+        plain(q), plain(k), plain(v), plain(log_decay), plain(beta), plain(kv), plain(z),
+        form.scale, NORMALIZERS.index(form.normalize), form.eps,
+    )  # fmt: skip
+    return o, kv, None if form.normalize == "none" else z
+
+
+def _step_fake(q, k, v, log_decay, beta, kv, z, scale, normalize, eps):
+    like = lambda x: kv.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    return q.new_empty(*q.shape[:2], v.shape[2]), like(kv), like(z)
+
+
+torch.library.register_fake("linattn::cpu_step", _step_fake, lib=_LIB)
+_STEP = torch.ops.linattn.cpu_step.default

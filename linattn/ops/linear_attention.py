@@ -10,6 +10,7 @@ from .backends import BY_NAME, choose
 from .form import GATINGS, KINDS, NORMALIZERS, Call, Form, accumulator, boundary_rows
 
 RECORDS = ("boundaries", "writes")
+_STEP_KINDS = {1: "head", 2: "scalar", 3: "channel"}
 
 
 class State(NamedTuple):
@@ -131,12 +132,16 @@ def step(
     wants_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, log_decay, beta, *state)
     )
-    if not wants_grad and not offset and scale is None and backend == "auto":  # the decoding loop: one check, one crossing
+    if not wants_grad and not offset:  # the decoding loop: one check, one crossing
         normalizer = {False: "none", True: "sum"}.get(normalize, normalize)
         kv, z = state
         if _step_is_plain(q, k, v, log_decay, beta, kv, z, normalizer):
-            o, kv, z = torch.ops.linattn.step(q, k, v, log_decay, beta, kv, z, k.shape[-1] ** -0.5, normalizer, eps)
-            return o, State(kv, None if normalizer == "none" else z)
+            kind = "none" if log_decay is None else _STEP_KINDS[log_decay.ndim]
+            name = choose(Call(q.device.type, q.dtype, kind, beta is not None, True, k.shape[2], v.shape[2]), backend)
+            if name != "reference":
+                form = Form(k.shape[2] ** -0.5 if scale is None else scale, True, "target", normalizer, eps, 0, False)
+                o, kv, z = BY_NAME[name].step(q, k, v, log_decay, beta, kv, z, form)
+                return o, State(kv, z)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3:
             raise ValueError(f"{name} must be [B H {'V' if name == 'v' else 'K'}], of 3 dimensions: one token; got shape {tuple(x.shape)}")
@@ -293,10 +298,6 @@ _LIB.define(
     "backward(Tensor do, Tensor dkv, Tensor dz, Tensor? dbkv, Tensor? dbz, Tensor? dwrites, "
     f"{_INPUTS}, Tensor o, Tensor d, {_FORM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_LIB.define(
-    "step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor kv, Tensor? z, "
-    "float scale, str normalize, float eps) -> (Tensor, Tensor, Tensor)"
-)
 
 
 def _forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, scale, causal, gating, normalize, eps, stride, writes, backend):
@@ -331,17 +332,6 @@ def _backward_fake(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv
     return tuple(like(x) for x in (q, k, v, log_decay, beta, kv, z))
 
 
-def _step(q, k, v, log_decay, beta, kv, z, scale, normalize, eps):
-    form = Form(scale, True, "target", normalize, eps, 0, False)
-    o, kv, z = BY_NAME["eager"].step(q, k, v, log_decay, beta, kv, z, form)
-    return o, kv.contiguous(), kv.new_empty(0) if z is None else z.contiguous()
-
-
-def _step_fake(q, k, v, log_decay, beta, kv, z, scale, normalize, eps):
-    like = lambda x: kv.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    return q.new_empty(*q.shape[:2], v.shape[2]), like(kv), like(z)
-
-
 def _save(ctx, inputs, output):
     tensors, ctx.rest = inputs[:8], inputs[8:]
     ctx.save_for_backward(*tensors, output[0], output[3])
@@ -369,9 +359,7 @@ def _no_second_derivative(ctx, *_):
 
 _LIB.impl("forward", _forward, "CompositeExplicitAutograd")
 _LIB.impl("backward", _backward, "CompositeExplicitAutograd")
-_LIB.impl("step", _step, "CompositeExplicitAutograd")
 torch.library.register_fake("linattn::forward", _forward_fake, lib=_LIB)
 torch.library.register_fake("linattn::backward", _backward_fake, lib=_LIB)
-torch.library.register_fake("linattn::step", _step_fake, lib=_LIB)
 torch.library.register_autograd("linattn::forward", _autograd, setup_context=_save, lib=_LIB)
 torch.library.register_autograd("linattn::backward", _no_second_derivative, lib=_LIB)
