@@ -15,9 +15,12 @@ class Refusal(ValueError):
     """No backend takes the call; the message holds every reason."""
 
 
-@cache
 def choose(call: Call, wanted: str = "auto") -> str:
     """Name of the first backend that takes `call`, or of `wanted`. ValueError lists the known names, Refusal every reason."""
+    return _choose(call, wanted) if torch.compiler.is_compiling() else _known(call, wanted)  # torch.compile reads no caches
+
+
+def _choose(call: Call, wanted: str) -> str:
     if wanted != "auto" and wanted not in BY_NAME:
         raise ValueError(f"backend must be 'auto' or one of {list(BY_NAME)}; got {wanted!r}")
     refusals = []
@@ -27,6 +30,9 @@ def choose(call: Call, wanted: str = "auto") -> str:
             return backend.NAME
         refusals.append(f"  {backend.NAME}: {reason}")
     raise Refusal(f"no backend takes this call\n  {call}\n" + "\n".join(refusals))
+
+
+_known = cache(_choose)
 
 
 def why_not(name: str) -> str | None:

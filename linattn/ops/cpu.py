@@ -23,9 +23,14 @@ _LIB.define(
 _LIB.define("isa(str? use=None) -> str")
 
 
-@cache
+@torch.compiler.assume_constant_result  # files and libraries are not for torch.compile to trace
 def load() -> str | None:
     """Load the library, once; the reason if it cannot be."""
+    return _load()
+
+
+@cache
+def _load() -> str | None:
     from .. import build
 
     if not build.LIBRARY.exists():
