@@ -4,6 +4,8 @@ import pytest
 import torch
 from cases import BACKEND, PRESENT, SOME, Case, all_agree, call, cotangent, some, whole
 
+NOT_REFERENCE = pytest.mark.parametrize("backend", [name for name in PRESENT if name != "reference"])
+
 
 def soil():
     """Leave NaN behind in the memory that the next allocations will get."""
@@ -23,7 +25,7 @@ def test_same_bits_twice(case, backend):
         assert torch.equal(x, second[name]), name
 
 
-@pytest.mark.parametrize("backend", [name for name in PRESENT if name != "reference"])
+@NOT_REFERENCE
 @some([Case(T=1000, B=1, H=1), Case(T=1000, B=1, H=1, decay="channel", delta=True), Case(T=1000, B=1, H=3, direction="source")])
 def test_number_of_threads_changes_rounding_only(case, backend):
     threads, answers = torch.get_num_threads(), []
@@ -37,7 +39,7 @@ def test_number_of_threads_changes_rounding_only(case, backend):
     all_agree(answers[2], answers[0])
 
 
-@BACKEND
+@NOT_REFERENCE
 @pytest.mark.parametrize("strength", [30.0, 1e4, torch.inf])
 @some([case for case in SOME if case.decay != "none"], T=70)
 def test_strong_decays_forget_and_stay_finite(case, strength, backend):
