@@ -10,7 +10,6 @@ SANITIZED := build/sanitize
 # A machine without an NVIDIA driver gets the build of torch without CUDA, which lies on pip's own index or on torch's, by the machine.
 CUDA := $(shell (nvidia-smi -L || /sbin/ldconfig -p | grep libcuda.so.1) >/dev/null 2>&1 && echo yes)
 CPU_TORCH := 2.13.0
-CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test lint sanitize build clean
 
@@ -54,7 +53,7 @@ torch: # first and alone: whatever asks for "torch" afterwards finds it there, a
 ifeq ($(CUDA),yes)
 	$(PIP) "torch>=2.10"
 else
-	$(PIP) "torch==$(CPU_TORCH)+cpu" || $(PIP) "torch==$(CPU_TORCH)" --index-url $(CPU_INDEX)
+	$(PIP) "torch==$(CPU_TORCH)"
 endif
 
 clean:

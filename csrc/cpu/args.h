@@ -81,7 +81,8 @@ struct Kernels {
   void (*forward_aggregate)(const Forward&, Job, float* scratch);
   void (*backward)(const Backward&, Job, float* scratch);
   void (*backward_aggregate)(const Backward&, Job, float* scratch);
-  void (*step)(const Step&, int64_t first, int64_t last);  // heads first … last of B·H
+  size_t (*step_scratch)(const Step&);
+  void (*step)(const Step&, int64_t first, int64_t last, float* scratch);  // heads first … last of B·H
 };
 
 #ifdef LINATTN_EACH_ISA

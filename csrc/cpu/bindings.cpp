@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <mutex>
 #include <stdexcept>
 #include <optional>
 #include <string>
@@ -15,6 +16,12 @@
 #endif
 
 #include "args.h"
+
+// In torch since 2.11; without it large outputs are torch's own.
+extern "C" __attribute__((weak, visibility("default"))) AOTITorchError torch_from_blob(void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides,
+                                                                int64_t offset, int32_t dtype, int32_t device_type, int32_t device_index,
+                                                                AtenTensorHandle* out, int32_t layout, const uint8_t* metadata,
+                                                                int64_t metadata_size, void (*deleter)(void*, void*), void* context);
 
 namespace linattn {
 namespace {
@@ -50,22 +57,70 @@ const Kernels*& chosen() {
 }
 const Kernels& kernels() { return *chosen(); }
 
-// Large fresh outputs are mostly page faults: ask for huge pages before the first touch.
-void* fresh(const Tensor& x) {
-  char* p = static_cast<char*>(x.mutable_data_ptr());
+// Large outputs come from here. What the system hands out fresh, and takes back at once, costs as much in page faults as the arithmetic
+// that fills it; so a freed block is kept for the next output of its size, up to LIMIT bytes in all, and blocks are of huge pages.
+class Pages {
+ public:
+  static constexpr size_t SMALLEST = size_t(1) << 21, LIMIT = size_t(1) << 29;
+  void* take(size_t bytes) {
+    {
+      std::lock_guard<std::mutex> hold(lock);
+      for (auto block = kept.begin(); block != kept.end(); ++block)
+        if (block->second >= bytes && block->second <= bytes + bytes / 4) {
+          void* p = block->first;
+          total -= block->second;
+          kept.erase(block);
+          return p;
+        }
+    }
+    void* p = std::aligned_alloc(SMALLEST, bytes);
 #if defined(__linux__)
-  constexpr uintptr_t page = uintptr_t(1) << 21;
-  const size_t bytes = size_t(x.numel()) * x.element_size();
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + page - 1) & ~(page - 1), end = (reinterpret_cast<uintptr_t>(p) + bytes) & ~(page - 1);
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+    if (p) madvise(p, bytes, MADV_HUGEPAGE);
 #endif
-  return p;
+    return p;
+  }
+  void give(void* p, size_t bytes) {
+    std::lock_guard<std::mutex> hold(lock);
+    kept.emplace_back(p, bytes);
+    for (total += bytes; total > LIMIT; kept.erase(kept.begin())) {  // the oldest go first
+      total -= kept.front().second;
+      std::free(kept.front().first);
+    }
+  }
+
+ private:
+  std::mutex lock;
+  std::vector<std::pair<void*, size_t>> kept;
+  size_t total = 0;
+};
+Pages& pages() {
+  static Pages* all = new Pages;  // never destroyed: tensors may outlive every static
+  return *all;
 }
 
 Tensor make(const Tensor& like, std::vector<int64_t> shape, std::optional<ScalarType> type = ScalarType::Float) {
-  return torch::stable::new_empty(like, shape, type);
+  const bool is_bf16 = (type ? *type : like.scalar_type()) == ScalarType::BFloat16;
+  const int32_t code = is_bf16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
+  size_t bytes = is_bf16 ? 2 : 4;
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = i + 1 < shape.size() ? strides[i + 1] * std::max<int64_t>(shape[i + 1], 1) : 1;
+    bytes *= size_t(shape[i]);
+  }
+  AtenTensorHandle handle;
+  if (bytes >= 2 * Pages::SMALLEST && torch_from_blob) {
+    bytes = (bytes + Pages::SMALLEST - 1) / Pages::SMALLEST * Pages::SMALLEST;
+    void* p = pages().take(bytes);
+    const auto release = [](void* block, void* size) { pages().give(block, reinterpret_cast<size_t>(size)); };
+    if (p && torch_from_blob(p, int64_t(shape.size()), shape.data(), strides.data(), 0, code, aoti_torch_device_type_cpu(), -1, &handle,
+                             aoti_torch_layout_strided(), nullptr, 0, release, reinterpret_cast<void*>(bytes)) == 0)
+      return Tensor(handle);
+    if (p) pages().give(p, bytes);
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
-float* floats(const Tensor& x) { return static_cast<float*>(fresh(x)); }
+float* floats(const Tensor& x) { return x.mutable_data_ptr<float>(); }
 const float* read(const Maybe& x) { return x ? x->const_data_ptr<float>() : nullptr; }
 const float* read(const Tensor& x) { return x.const_data_ptr<float>(); }
 
@@ -88,6 +143,11 @@ struct Buffer {
   ~Buffer() { std::free(p); }
 };
 
+float* thread_scratch(size_t floats) {
+  thread_local Buffer buffer;
+  return buffer.at_least(floats);
+}
+
 // A state that fades away ends in denormals, each a hundred times slower than a number; here they count as 0.
 struct FlushDenormals {
 #if defined(__x86_64__)
@@ -103,8 +163,7 @@ void run(int64_t jobs, size_t scratch, F&& job) {
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), jobs);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    thread_local Buffer buffer;
-    float* s = buffer.at_least(scratch);
+    float* s = thread_scratch(scratch);
     const FlushDenormals on;
     for (int64_t i; (i = next.fetch_add(1)) < jobs;) job(i, s);
   });
@@ -195,7 +254,6 @@ Seven forward(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& g,
   Tensor bkv = torch::stable::new_zeros(q, {D, a.B, a.rows, a.H, a.K, a.V}, ScalarType::Float);
   Tensor bz = torch::stable::new_zeros(q, {D, a.B, normal ? a.rows : 0, a.H, a.K}, ScalarType::Float);
   Tensor u = make(q, {D, a.B, writes ? a.T : 0, a.H, a.V});
-  fresh(o);
   a.o = rows_of(o);
   a.kv_out = floats(kv_out), a.z_out = floats(z_out), a.d = floats(d);
   a.bkv = stride ? floats(bkv) : nullptr, a.bz = floats(bz), a.u = writes ? floats(u) : nullptr;
@@ -225,7 +283,6 @@ Seven backward(const Tensor& grad, const Tensor& dkv_out, const Tensor& dz_out, 
   Tensor dg = !g ? make(q, {0}) : a.decay == CHANNEL ? make(q, {D, a.B, a.T, a.H, a.K}) : make(q, {D, a.B, a.T, a.H});
   Tensor dbeta = beta ? make(q, {D, a.B, a.T, a.H}) : make(q, {0});
   Tensor dkv = make(q, {D, a.sequences, a.H, a.K, a.V}), dz = make(q, {D, a.sequences, a.H, a.K});
-  for (const Tensor& x : {dq, dk, dv}) fresh(x);
   a.o = rows_of(o), a.grad = rows_of(grad), a.dq = rows_of(dq), a.dk = rows_of(dk), a.dv = rows_of(dv);
   a.d = const_cast<float*>(read(d));
   a.dkv_out = read(dkv_out), a.dz_out = read(dz_out), a.du = read(du);
@@ -248,7 +305,7 @@ Seven backward(const Tensor& grad, const Tensor& dkv_out, const Tensor& dz_out, 
   return {dq, dk, dv, dg, dbeta, dkv, dz};
 }
 
-std::tuple<Tensor, Tensor, Tensor> step(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& g, const Maybe& beta, const Tensor& kv,
+std::tuple<Tensor, Tensor, Maybe> step(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& g, const Maybe& beta, const Tensor& kv,
                                         const Maybe& z, double scale, int64_t normalize, double eps) {
   Step a;
   a.B = k.size(0), a.H = k.size(1), a.G = q.size(1) / a.H, a.K = k.size(2), a.V = v.size(2);
@@ -259,12 +316,13 @@ std::tuple<Tensor, Tensor, Tensor> step(const Tensor& q, const Tensor& k, const 
   a.q = q.const_data_ptr(), a.k = k.const_data_ptr(), a.v = v.const_data_ptr();
   a.g = read(g), a.beta = read(beta), a.kv = read(kv), a.z = read(z);
   Tensor o = make(q, {a.B, a.H * a.G, a.V}, std::nullopt), kv_out = make(q, {a.B, a.H, a.K, a.V});
-  Tensor z_out = normalize != PLAIN ? make(q, {a.B, a.H, a.K}) : make(q, {0});
-  a.o = o.mutable_data_ptr(), a.kv_out = floats(kv_out), a.z_out = floats(z_out);
+  Maybe z_out;
+  if (normalize != PLAIN) z_out = make(q, {a.B, a.H, a.K});
+  a.o = o.mutable_data_ptr(), a.kv_out = floats(kv_out), a.z_out = z_out ? floats(*z_out) : nullptr;
   const int64_t heads = a.B * a.H, grain = std::max<int64_t>(1, 65536 / (a.K * a.V));  // below 64k numbers a second thread costs more than it brings
   torch::stable::parallel_for(0, heads, grain, [&](int64_t first, int64_t last) {
     const FlushDenormals on;
-    kernels().step(a, first, last);
+    kernels().step(a, first, last, thread_scratch(kernels().step_scratch(a)));
   });
   return {o, kv_out, z_out};
 }

@@ -42,43 +42,38 @@ INLINE Span span(const Rows& x, const Walk& w, int64_t position, int64_t h) {
 }
 
 template <class T>
-INLINE void load_typed(const T* first, int64_t step, int rows, int width, float factor, float* tile, int ld) {
-  for (int r = 0; r < rows; ++r) {
-    const T* x = first + r * step;
-    float* y = tile + r * ld;
-    int i = 0;
-    for (; i + LANES <= width; i += LANES) store(y + i, load(x + i) * factor);
-    for (; i < width; ++i) y[i] = widen(x[i]) * factor;
-    for (; i < ld; ++i) y[i] = 0;
-  }
+INLINE void load_typed(const T* x, int width, float factor, float* y) {
+  int i = 0;
+  for (; i + LANES <= width; i += LANES) store(y + i, load(x + i) * factor);
+  for (; i < width; ++i) y[i] = widen(x[i]) * factor;
+  for (; i < pad(width); ++i) y[i] = 0;
+}
+
+// y = factor · x, zero-padded to a multiple of 16.
+INLINE void load_row(const char* x, bool is_bf16, int width, float factor, float* y) {
+  is_bf16 ? load_typed(reinterpret_cast<const bf16*>(x), width, factor, y) : load_typed(reinterpret_cast<const float*>(x), width, factor, y);
+}
+
+template <class T>
+INLINE void store_typed(const float* x, int width, float factor, T* y, bool add) {
+  int i = 0;
+  for (; i + LANES <= width; i += LANES) store(y + i, add ? load(x + i) * factor + load(y + i) : load(x + i) * factor);
+  for (; i < width; ++i) narrow(y + i, x[i] * factor + (add ? widen(y[i]) : 0.0f));
+}
+
+// y = factor · x, or is added to.
+INLINE void store_row(const float* x, char* y, bool is_bf16, int width, float factor, bool add) {
+  is_bf16 ? store_typed(x, width, factor, reinterpret_cast<bf16*>(y), add) : store_typed(x, width, factor, reinterpret_cast<float*>(y), add);
 }
 
 // tile[r] = factor · row r, zero-padded to C rows of `ld` floats.
 STAGE void load_rows(Span x, int rows, int width, float factor, float* tile, int ld) {
-  if (x.bf16)
-    load_typed(reinterpret_cast<const bf16*>(x.p), x.step, rows, width, factor, tile, ld);
-  else
-    load_typed(reinterpret_cast<const float*>(x.p), x.step, rows, width, factor, tile, ld);
+  for (int r = 0; r < rows; ++r) load_row(x.p + r * x.step * (x.bf16 ? 2 : 4), x.bf16, width, factor, tile + r * ld);
   for (int i = rows * ld; i < C * ld; i += LANES) store(tile + i, vec{});
 }
 
-template <class T>
-INLINE void store_typed(const float* tile, int ld, int rows, int width, float factor, T* first, int64_t step, bool add) {
-  for (int r = 0; r < rows; ++r) {
-    const float* x = tile + r * ld;
-    T* y = first + r * step;
-    int i = 0;
-    for (; i + LANES <= width; i += LANES) store(y + i, add ? load(x + i) * factor + load(y + i) : load(x + i) * factor);
-    for (; i < width; ++i) narrow(y + i, x[i] * factor + (add ? widen(y[i]) : 0.0f));
-  }
-}
-
-// row r = factor · tile[r], or is added to.
 STAGE void store_rows(const float* tile, int ld, int rows, int width, float factor, Span y, bool add) {
-  if (y.bf16)
-    store_typed(tile, ld, rows, width, factor, reinterpret_cast<bf16*>(y.p), y.step, add);
-  else
-    store_typed(tile, ld, rows, width, factor, reinterpret_cast<float*>(y.p), y.step, add);
+  for (int r = 0; r < rows; ++r) store_row(tile + r * ld, y.p + r * y.step * (y.bf16 ? 2 : 4), y.bf16, width, factor, add);
 }
 
 // Rows to be read soon. A core has a dozen or so misses in flight: they are asked for a few at a time, between register blocks.

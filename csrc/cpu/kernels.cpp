@@ -8,11 +8,9 @@ static size_t scratch(const Call& a, bool backward) {
   return backward ? Gradients::floats(static_cast<const Backward&>(a)) : Tiles::floats(a);
 }
 
-static void step(const Step& a, int64_t first, int64_t last) { a.bf16 ? step_heads<bf16>(a, first, last) : step_heads<float>(a, first, last); }
-
 #define LINATTN_NAME(isa) #isa
 #define LINATTN_STRING(isa) LINATTN_NAME(isa)
 extern const Kernels kernels;
-const Kernels kernels = {LINATTN_STRING(LINATTN_ISA), scratch, forward_job, forward_aggregate, backward_job, backward_aggregate, step};
+const Kernels kernels = {LINATTN_STRING(LINATTN_ISA), scratch, forward_job, forward_aggregate, backward_job, backward_aggregate, step_scratch, step};
 
 }  // namespace linattn::LINATTN_ISA

@@ -1,59 +1,90 @@
-// One token: the state is read once, changed in registers or first cache, and written once to its new place.
+// One token: the state is read once and written once to its new place, a strip of columns at a time; columns of a state never meet.
 #pragma once
 #include "chunk.h"
 
 namespace linattn::LINATTN_ISA {
 
-template <class T>
-void step_heads(const Step& a, int64_t first, int64_t last) {
-  const int64_t K = a.K, V = a.V, HQ = a.H * a.G;
-  for (int64_t n = first; n < last; ++n) {
-    const int64_t b = n / a.H, h = n % a.H;
-    const T *k = static_cast<const T*>(a.k) + n * K, *v = static_cast<const T*>(a.v) + n * V;
-    const float *S = a.kv + n * K * V, beta = a.beta ? a.beta[n] : 1.0f;
-    float* out = a.kv_out + n * K * V;
-    const auto fade = [&](int64_t c) {
-      if (a.decay == NONE) return 1.0f;
-      return exp(splat(a.g[a.g_per_head ? h : a.decay == CHANNEL ? n * K + c : n]))[0];
-    };
-    const float once = a.decay == CHANNEL ? 0.0f : fade(0);
-    for (int64_t i = 0; i < V; i += LANES) {  // a strip of columns: the columns of a state never meet
-      const bool whole = i + LANES <= V;
-      const int lanes = whole ? LANES : int(V - i);
-      const auto get = [&](const float* p) {
-        if (whole) return load(p);
-        vec x = {};
-        __builtin_memcpy(&x, p, size_t(lanes) * 4);
-        return x;
-      };
-      const auto put = [&](float* p, vec x) { whole ? store(p, x) : void(__builtin_memcpy(p, &x, size_t(lanes) * 4)); };
-      vec u;
-      for (int l = 0; l < LANES; ++l) u[l] = l < lanes ? widen(v[i + l]) : 0.0f;
-      if (a.beta) {
-        vec held = {};
-        for (int64_t c = 0; c < K; ++c) held += get(S + c * V + i) * (widen(k[c]) * (a.decay == CHANNEL ? fade(c) : once));
-        u = (u - held) * beta;
-      }
-      for (int64_t c = 0; c < K; ++c) put(out + c * V + i, get(S + c * V + i) * (a.decay == CHANNEL ? fade(c) : once) + u * widen(k[c]));
-      for (int64_t g = 0; g < a.G; ++g) {
-        const T* q = static_cast<const T*>(a.q) + (b * HQ + h * a.G + g) * K;
-        vec o = {};
-        for (int64_t c = 0; c < K; ++c) o += get(out + c * V + i) * widen(q[c]);
-        T* y = static_cast<T*>(a.o) + (b * HQ + h * a.G + g) * V + i;
-        for (int l = 0; l < lanes; ++l) narrow(y + l, o[l] * a.scale);
-      }
+// NV vectors of columns from column i on, the last holding `tail` numbers (LANES if it is full).
+template <int NV>
+INLINE void step_strip(const Step& a, const float* S, float* out, const float* fade, const float* k, const float* v, float beta, const float* q,
+                       float* o, int i, int tail) {
+  const int K = int(a.K), V = int(a.V);
+  const auto get = [&](const float* p, int l) {
+    if (l < NV - 1 || tail == LANES) return load(p + l * LANES);
+    vec x = {};
+    __builtin_memcpy(&x, p + l * LANES, size_t(tail) * 4);
+    return x;
+  };
+  const auto put = [&](float* p, int l, vec x) {
+    if (l < NV - 1 || tail == LANES)
+      store(p + l * LANES, x);
+    else
+      __builtin_memcpy(p + l * LANES, &x, size_t(tail) * 4);
+  };
+  vec u[NV], read[NV] = {};
+#pragma GCC unroll 4
+  for (int l = 0; l < NV; ++l) u[l] = load(v + i + l * LANES);
+  if (a.beta) {  // what the faded state holds for this key
+    vec held[NV] = {};
+    for (int c = 0; c < K; ++c)
+#pragma GCC unroll 4
+      for (int l = 0; l < NV; ++l) held[l] += get(S + c * V + i, l) * (fade[c] * k[c]);
+#pragma GCC unroll 4
+    for (int l = 0; l < NV; ++l) u[l] = (u[l] - held[l]) * beta;
+  }
+  for (int c = 0; c < K; ++c)
+#pragma GCC unroll 4
+    for (int l = 0; l < NV; ++l) {
+      const vec x = get(S + c * V + i, l) * fade[c] + u[l] * k[c];
+      put(out + c * V + i, l, x);
+      read[l] += x * q[c];
     }
-    if (a.normalize == PLAIN) continue;
-    for (int64_t c = 0; c < K; ++c) a.z_out[n * K + c] = a.z[n * K + c] * (a.decay == CHANNEL ? fade(c) : once) + widen(k[c]);
-    for (int64_t g = 0; g < a.G; ++g) {
-      const int64_t m = b * HQ + h * a.G + g;
-      float d = 0;
-      for (int64_t c = 0; c < K; ++c) d += a.z_out[n * K + c] * widen(static_cast<const T*>(a.q)[m * K + c]);
-      const float inverse = 1.0f / denominator(d * a.scale, a.normalize, a.eps);
-      T* y = static_cast<T*>(a.o) + m * V;
-      for (int64_t i = 0; i < V; ++i) narrow(y + i, widen(y[i]) * inverse);
-    }
+#pragma GCC unroll 4
+  for (int l = 0; l < NV; ++l) store(o + i + l * LANES, read[l]);
+  for (int64_t g = 1; g < a.G; ++g) {  // further query heads of the group read what was written
+    vec more[NV] = {};
+    for (int c = 0; c < K; ++c)
+#pragma GCC unroll 4
+      for (int l = 0; l < NV; ++l) more[l] += get(out + c * V + i, l) * q[g * pad(K) + c];
+#pragma GCC unroll 4
+    for (int l = 0; l < NV; ++l) store(o + g * pad(V) + i + l * LANES, more[l]);
   }
 }
+
+// Heads first … last of B·H. Scratch: [K] fade, k; [V] v; [G K] q; [G V] o, each padded.
+static void step(const Step& a, int64_t first, int64_t last, float* scratch) {
+  const int K = int(a.K), V = int(a.V), G = int(a.G), Kp = pad(K), Vp = pad(V), size = a.bf16 ? 2 : 4;
+  Scratch s{scratch};
+  float *fade = s.take(Kp), *k = s.take(Kp), *v = s.take(Vp), *q = s.take(size_t(G) * Kp), *o = s.take(size_t(G) * Vp);
+  const auto rows = [&](const void* p, int64_t at, int n, int width, float factor, float* to) {
+    for (int r = 0; r < n; ++r) load_row(static_cast<const char*>(p) + (at + r) * width * size, a.bf16, width, factor, to + r * pad(width));
+  };
+  for (int64_t n = first; n < last; ++n) {
+    const int64_t head = n % a.H, m = (n / a.H * a.H + head) * G;  // q and o: [B H·G ·]
+    rows(a.k, n, 1, K, 1.0f, k), rows(a.v, n, 1, V, 1.0f, v), rows(a.q, m, G, K, a.scale, q);
+    if (a.decay == CHANNEL) __builtin_memcpy(fade, a.g + n * K, size_t(K) * 4);
+    const float same = a.decay == NONE ? 0.0f : a.decay == CHANNEL ? 0.0f : a.g[a.g_per_head ? head : n];
+    const vec faded = exp(splat(same));
+    for (int c = 0; c < Kp; c += LANES) store(fade + c, a.decay == CHANNEL ? exp(load(fade + c)) : faded);
+    const float *S = a.kv + n * K * V, beta = a.beta ? a.beta[n] : 1.0f;
+    float* out = a.kv_out + n * K * V;
+    int i = 0;
+    for (; i + 4 * LANES <= V; i += 4 * LANES) step_strip<4>(a, S, out, fade, k, v, beta, q, o, i, LANES);
+    for (; i < V; i += LANES) step_strip<1>(a, S, out, fade, k, v, beta, q, o, i, least(LANES, V - i));
+    if (a.normalize != PLAIN) {
+      float* z = a.z_out + n * K;
+      for (int c = 0; c < K; ++c) z[c] = a.z[n * K + c] * fade[c] + k[c];
+      for (int g = 0; g < G; ++g) {
+        float d = 0;
+        for (int c = 0; c < K; ++c) d += z[c] * q[g * Kp + c];
+        const float inverse = 1.0f / denominator(d, a.normalize, a.eps);
+        for (int j = 0; j < Vp; j += LANES) store(o + g * Vp + j, load(o + g * Vp + j) * inverse);
+      }
+    }
+    for (int g = 0; g < G; ++g) store_row(o + g * Vp, static_cast<char*>(a.o) + (m + g) * V * size, a.bf16, V, 1.0f, false);
+  }
+}
+
+static size_t step_scratch(const Step& a) { return 3 * pad(a.K) + 2 * pad(a.V) + a.G * (pad(a.K) + pad(a.V)) + 64; }
 
 }  // namespace linattn::LINATTN_ISA

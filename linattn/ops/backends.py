@@ -1,7 +1,5 @@
 """The one dispatch point: an ordered tuple of backends, and each backend's reasons for saying no."""
 
-from functools import cache
-
 import torch
 
 from . import cpu, eager, oracle
@@ -17,10 +15,6 @@ class Refusal(ValueError):
 
 def choose(call: Call, wanted: str = "auto") -> str:
     """Name of the first backend that takes `call`, or of `wanted`. ValueError lists the known names, Refusal every reason."""
-    return _choose(call, wanted) if torch.compiler.is_compiling() else _known(call, wanted)  # torch.compile reads no caches
-
-
-def _choose(call: Call, wanted: str) -> str:
     if wanted != "auto" and wanted not in BY_NAME:
         raise ValueError(f"backend must be 'auto' or one of {list(BY_NAME)}; got {wanted!r}")
     refusals = []
@@ -30,9 +24,6 @@ def _choose(call: Call, wanted: str) -> str:
             return backend.NAME
         refusals.append(f"  {backend.NAME}: {reason}")
     raise Refusal(f"no backend takes this call\n  {call}\n" + "\n".join(refusals))
-
-
-_known = cache(_choose)
 
 
 def why_not(name: str) -> str | None:

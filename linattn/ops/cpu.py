@@ -1,7 +1,5 @@
 """Backend `cpu`: the C++ kernels of csrc/cpu, reached by operator name once their library is loaded."""
 
-from functools import cache
-
 import torch
 
 from .form import GATINGS, NORMALIZERS, Call, Form
@@ -18,18 +16,11 @@ _LIB.define(
 )
 _LIB.define(
     "cpu_step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor kv, Tensor? z, "
-    "float scale, int normalize, float eps) -> (Tensor, Tensor, Tensor)"
+    "float scale, int normalize, float eps) -> (Tensor, Tensor, Tensor?)"
 )
 _LIB.define("isa(str? use=None) -> str")
 
 
-@torch.compiler.assume_constant_result  # files and libraries are not for torch.compile to trace
-def load() -> str | None:
-    """Load the library, once; the reason if it cannot be."""
-    return _load()
-
-
-@cache
 def _load() -> str | None:
     from .. import build
 
@@ -42,12 +33,15 @@ def _load() -> str | None:
     return None
 
 
+MISSING = _load()  # why the kernels are not there; None if they are. Looked up once, for torch.compile reads neither files nor caches
+
+
 def why_not(call: Call) -> str | None:
     if call.device != "cpu":
         return f"device={call.device}, not cpu"
     if call.dtype not in (torch.float32, torch.bfloat16):
         return f"dtype={str(call.dtype).removeprefix('torch.')}, neither float32 nor bfloat16"
-    return load()
+    return MISSING
 
 
 def _rows(x):
@@ -83,16 +77,12 @@ def backward(do, dkv, dz, dbkv, dbz, dwrites, *rest):
 
 
 def step(q, k, v, log_decay, beta, kv, z, form: Form):
-    plain = lambda x: x if x is None or x.is_contiguous() else x.contiguous()
-    o, kv, z = _STEP(
-        plain(q), plain(k), plain(v), plain(log_decay), plain(beta), plain(kv), plain(z),
-        form.scale, NORMALIZERS.index(form.normalize), form.eps,
-    )  # fmt: skip
-    return o, kv, None if form.normalize == "none" else z
+    tensors = [x if x is None or x.is_contiguous() else x.contiguous() for x in (q, k, v, log_decay, beta, kv, z)]
+    return _STEP(*tensors, form.scale, NORMALIZERS.index(form.normalize), form.eps)
 
 
 def _step_fake(q, k, v, log_decay, beta, kv, z, scale, normalize, eps):
-    like = lambda x: kv.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    like = lambda x: None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     return q.new_empty(*q.shape[:2], v.shape[2]), like(kv), like(z)
 
 

@@ -128,20 +128,16 @@ def step(
     """
     if not isinstance(state, tuple) or len(state) != 2:
         raise ValueError(f"state must be a linattn.State(kv, z); got {type(state).__name__}")
-    _check_tensors({"q": q, "k": k, "v": v, "state.kv": state[0]}, {"log_decay": log_decay, "beta": beta, "state.z": state[1]})
-    wants_grad = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, log_decay, beta, *state)
-    )
-    if not wants_grad and not offset:  # the decoding loop: one check, one crossing
-        normalizer = {False: "none", True: "sum"}.get(normalize, normalize)
-        kv, z = state
-        if _step_is_plain(q, k, v, log_decay, beta, kv, z, normalizer):
-            kind = "none" if log_decay is None else _STEP_KINDS[log_decay.ndim]
-            name = choose(Call(q.device.type, q.dtype, kind, beta is not None, True, k.shape[2], v.shape[2]), backend)
-            if name != "reference":
-                form = Form(k.shape[2] ** -0.5 if scale is None else scale, True, "target", normalizer, eps, 0, False)
-                o, kv, z = BY_NAME[name].step(q, k, v, log_decay, beta, kv, z, form)
-                return o, State(kv, z)
+    kv, z = state
+    normalizer = {False: "none", True: "sum"}.get(normalize, normalize)
+    if not offset and _step_is_plain(q, k, v, log_decay, beta, kv, z, normalizer):  # the decoding loop: one check, one crossing
+        kind = "none" if log_decay is None else _STEP_KINDS[log_decay.ndim]
+        name = choose(Call(q.device.type, q.dtype, kind, beta is not None, True, k.shape[2], v.shape[2]), backend)
+        if name != "reference":
+            form = Form(k.shape[2] ** -0.5 if scale is None else scale, True, "target", normalizer, eps, 0, False)
+            o, kv, z = BY_NAME[name].step(q, k, v, log_decay, beta, kv, z, form)
+            return o, State(kv, z)
+    _check_tensors({"q": q, "k": k, "v": v, "state.kv": kv}, {"log_decay": log_decay, "beta": beta, "state.z": z})
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3:
             raise ValueError(f"{name} must be [B H {'V' if name == 'v' else 'K'}], of 3 dimensions: one token; got shape {tuple(x.shape)}")
@@ -157,25 +153,26 @@ def step(
 
 
 def _step_is_plain(q, k, v, log_decay, beta, kv, z, normalizer) -> bool:
-    """Whether the arguments fit together without any conversion; if not, the general path converts them or says what is wrong."""
-    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3 or kv.dim() != 4:
+    """Whether the arguments fit together without a conversion and want no gradient; if not, the general path sees to them."""
+    given = [x for x in (q, k, v, kv, log_decay, beta, z) if x is not None]
+    for x in given:
+        if not isinstance(x, Tensor) or x.device != q.device or x.dtype != (q.dtype if x is q or x is k or x is v else kv.dtype):
+            return False
+    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3 or (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
         return False
-    (B, H, K), V, acc = k.shape, v.shape[2], kv.dtype
-    decays = ((H,), (B, H), (B, H, K))
+    (B, H, K), V = k.shape, v.shape[2]
     return (
         kv.shape == (B, H, K, V)
         and v.shape[:2] == (B, H)
         and q.shape[0] == B
         and q.shape[2] == K
         and q.shape[1] % H == 0
-        and q.dtype == k.dtype == v.dtype
-        and acc == accumulator(q.dtype)
-        and (log_decay is None or (log_decay.shape in decays and log_decay.dtype == acc and log_decay.device == q.device))
-        and (beta is None or (beta.shape == (B, H) and beta.dtype == acc and beta.device == q.device))
-        and q.device == k.device == v.device == kv.device
-        and (z is None) == (normalizer == "none")
+        and kv.dtype == accumulator(q.dtype)
+        and (log_decay is None or log_decay.shape in ((H,), (B, H), (B, H, K)))
+        and (beta is None or beta.shape == (B, H))
         and normalizer in NORMALIZERS
-        and (z is None or (z.shape == (B, H, K) and z.dtype == acc and z.device == q.device))
+        and (z is None) == (normalizer == "none")
+        and (z is None or z.shape == (B, H, K))
     )
 
 
