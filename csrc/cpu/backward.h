@@ -131,7 +131,10 @@ STAGE void query_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p
   } else if (decays) {
     for (int r = 0; r < rows; ++r) a.dg[dg_index(a, w, w.token(p + r))] = s.stash[r];
   }
-  carry_chunk(a, s, u, normal, false, nullptr);
+  const int64_t next = p + C < w.length ? p + C : p, h = w.h * a.G;
+  const Ahead ahead[] = {ahead_of(a.k, w, next, w.h, a.K), ahead_of(a.v, w, next, w.h, a.V), ahead_of(a.grad, w, next, h, a.V),
+                         ahead_of(a.q, w, next, h, a.K)};
+  carry_chunk(a, s, u, normal, false, ahead, decays ? 4 : 3);
 }
 
 // ⟨S, dS⟩ + ⟨z, dz⟩: the gradient to the logarithm of all that the state was faded by, one number or one per channel.
@@ -162,7 +165,7 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
       __builtin_memcpy(s.group + (m - from) / C * state, s.S, size_t(state) * 4);
       if (m == p) break;
       load_chunk(a, w, s, m, C, TRIANGLE, false);
-      carry_chunk(a, s, s.writes + m * Vp, false, false, nullptr);
+      carry_chunk(a, s, s.writes + m * Vp, false, false);
     }
   }
   if (decays && p != last && end % s.anchor == 0)
@@ -203,14 +206,17 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
     load_rows(span(a.q, w, p, h), rows, int(a.K), a.scale, s.q, Kp);
     load_grad(a, w, s, p, rows, h);
     products(s.dn, Vp, s.uT, channel ? nullptr : gate.D, normal ? s.dd : nullptr, s.dP);
-    const float first = g == 0 ? 1.0f : 0.0f;
+    const bool first = g == 0;
+    const int64_t next = p >= C ? p - C : p;
+    const Ahead ahead[] = {ahead_of(a.k, w, next, w.h, a.K), ahead_of(a.v, w, next, w.h, a.V), ahead_of(a.grad, w, next, h, a.V),
+                           ahead_of(a.q, w, next, h, a.K)};
     if (channel) {
       channel_products(s.q, s.kT, gate, w.leaving, Kp, w.own, s.P);
       keep_triangle(s.dP, w.own);
       channel_scatter(s.dP, s.q, gate, w.leaving, Kp, s.dk);
       scale_tile(s.q, gate.seen_k, s.q_seen, Kp);
       gather(s.P, true, s.dn, Vp, s.du);
-      carry(s.dS, Kp, Vp, 1.0f, first ? gate.across_k : nullptr, s.q_seen, false, s.dn);
+      carry(s.dS, Kp, Vp, 1.0f, first ? gate.across_k : nullptr, s.q_seen, false, s.dn, ahead, 4);
       if (normal) carry_z(s.dz, Kp, 1.0f, first ? gate.across_k : nullptr, s.q_seen, s.dd);
     } else {
       products(s.q, Kp, s.kT, gate.D, nullptr, s.P);
@@ -218,13 +224,13 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
       gather(s.P, true, s.dn, Vp, s.du);
       const float across = first ? gate.across : 1.0f;
       if (!decays) {
-        carry(s.dS, Kp, Vp, 1.0f, nullptr, s.q, false, s.dn);
+        carry(s.dS, Kp, Vp, 1.0f, nullptr, s.q, false, s.dn, ahead, 4);
         if (normal) carry_z(s.dz, Kp, 1.0f, nullptr, s.q, s.dd);
       } else {
         float weight[C];
         for (int r = 0; r < C; ++r) weight[r] = gate.seen[r] * s.dd[r];
         scale_rows(s.dn, gate.seen, s.wide, Vp);
-        carry(s.dS, Kp, Vp, across, nullptr, s.q, false, s.wide);
+        carry(s.dS, Kp, Vp, across, nullptr, s.q, false, s.wide, ahead, 4);
         if (normal) carry_z(s.dz, Kp, across, nullptr, s.q, weight);
       }
     }

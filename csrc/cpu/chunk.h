@@ -87,6 +87,10 @@ struct Ahead {
   }
 };
 
+INLINE Ahead ahead_of(const Rows& x, const Walk& w, int64_t position, int64_t h, int64_t width) {
+  return {span(x, w, position, h), int(width) * (x.bf16 ? 2 : 4)};
+}
+
 // -- gate: the only part that knows the decay kinds ------------------------------------------------------------------------------------
 
 struct Gate {
@@ -274,12 +278,12 @@ STAGE void solve(const float* M, bool transposed, float* u, int ld) {
 
 // S = across · S + Σ_j x_j y_jᵀ; across is one number, or one per row of S. x is [C Kp], or [Kp C] if it comes transposed. One pass over S.
 STAGE void carry(float* S, int Kp, int Vp, float across, const float* across_k, const float* x, bool transposed, const float* y,
-                 const Ahead* ahead = nullptr) {
+                 const Ahead* ahead = nullptr, int count = 0) {
   const long am = transposed ? C : 1, ak = transposed ? 1 : Kp;
   blocks(Kp, Vp, [=]<int MR, int NV>(int m, int n) {
     float* block = S + m * Vp + n;
     vec acc[MR][NV];
-    if (ahead && n == 0) ahead[0].ask(m, MR, Kp), ahead[1].ask(m, MR, Kp);
+    for (int i = 0; i < count && n == 0; ++i) ahead[i].ask(m, MR, Kp);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
       const float a = across_k ? across_k[m + r] : across;

@@ -74,17 +74,17 @@ STAGE void delta_write(const Call& a, const Walk& w, Tiles& s, int64_t p, int ro
 }
 
 // carry: S and z take in the chunk. Its keys, in k or, where that is at hand, transposed in kT, are faded in place: nobody reads them after.
-INLINE void carry_chunk(const Call& a, Tiles& s, const float* u, bool normal, bool transposed, const Ahead* ahead) {
+INLINE void carry_chunk(const Call& a, Tiles& s, const float* u, bool normal, bool transposed, const Ahead* ahead = nullptr, int count = 0) {
   const Gate& g = s.gate;
   if (a.decay == CHANNEL) {
     scale_tile(s.k, g.kept_k, s.k, s.Kp);
-    carry(s.S, s.Kp, s.Vp, 0, g.across_k, s.k, false, u, ahead);
+    carry(s.S, s.Kp, s.Vp, 0, g.across_k, s.k, false, u, ahead, count);
     if (normal) carry_z(s.z, s.Kp, 0, g.across_k, s.k, nullptr);
     return;
   }
   if (normal) carry_z(s.z, s.Kp, g.across, nullptr, s.k, g.kept);
   if (a.decay != NONE) transposed ? scale_columns(s.kT, s.Kp, g.kept) : scale_rows(s.k, g.kept, s.k, s.Kp);
-  carry(s.S, s.Kp, s.Vp, g.across, nullptr, transposed ? s.kT : s.k, transposed, u, ahead);
+  carry(s.S, s.Kp, s.Vp, g.across, nullptr, transposed ? s.kT : s.k, transposed, u, ahead, count);
 }
 
 // Row sums of the chunk's queries; on the last walk over a row, its numerator, whole by then, is divided by them.
@@ -135,16 +135,15 @@ INLINE void forward_chunk(const Forward& a, const Walk& w, Tiles& s, int64_t p, 
     }
     const Span o = span(a.o, w, p, h);
     const bool direct = rows == C && !o.bf16 && a.V == Vp && !normal && !add;  // straight to memory, without the tile
-    const Ahead ahead = {span(a.q, w, next, h), int(a.K) * (a.q.bf16 ? 2 : 4)};
+    const Ahead ahead = ahead_of(a.q, w, next, h, a.K);
     emit(reader, Kp, s.S, Vp, channel || a.decay == NONE ? nullptr : s.gate.seen, intra == NOTHING ? nullptr : s.P, intra == TRIANGLE, u,
          direct ? reinterpret_cast<float*>(o.p) : s.o, direct ? o.step : Vp, &ahead);
     if (direct) continue;
     if (normal) normalize(a, w, s, p, rows, h, reader, intra != NOTHING, add, finish);
     store_rows(s.o, Vp, rows, int(a.V), 1.0f, o, add && !(normal && finish));
   }
-  const int size = a.k.bf16 ? 2 : 4;
-  const Ahead ahead[2] = {{span(a.k, w, next, w.h), int(a.K) * size}, {span(a.v, w, next, w.h), int(a.V) * size}};
-  carry_chunk(a, s, u, normal, a.delta || intra != NOTHING, ahead);
+  const Ahead ahead[] = {ahead_of(a.k, w, next, w.h, a.K), ahead_of(a.v, w, next, w.h, a.V)};
+  carry_chunk(a, s, u, normal, a.delta || intra != NOTHING, ahead, 2);
 }
 
 STAGE void forward_walk(const Forward& a, Walk w, Tiles& s, Intra intra, bool add, bool finish) {
@@ -212,7 +211,7 @@ static void forward_aggregate(const Forward& a, Job job, float* scratch) {
     for (int c = 0; c < a.K; ++c) a.seg_fade[at * a.K + c] = 1.0f;
     for (int64_t p = 0; p < w.length; p += C) {
       load_chunk(a, w, s, p, least(C, w.length - p), NOTHING, false);
-      carry_chunk(a, s, s.v, true, false, nullptr);
+      carry_chunk(a, s, s.v, true, false);
       for (int c = 0; c < a.K; ++c) a.seg_fade[at * a.K + c] *= a.decay == CHANNEL ? s.gate.across_k[c] : s.gate.across;
     }
     store_state(s.S, s.Vp, int(a.K), int(a.V), a.seg_kv + at * a.K * a.V);
