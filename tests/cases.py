@@ -3,6 +3,7 @@
 import itertools
 import random
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import pytest
@@ -103,6 +104,22 @@ def takes(backend: str, case: Case) -> bool:
 def widest(backend: str) -> torch.dtype:
     """The most exact dtype `backend` takes: a property of the maths is best seen there."""
     return torch.float64 if takes(backend, Case(dtype=torch.float64)) else torch.float32
+
+
+@contextmanager
+def instruction_set(name: str):
+    """Backend `cpu` on instruction set `name`; skips the test where the build or the machine has none."""
+    if "cpu" not in PRESENT:
+        pytest.skip(linattn.why_not("cpu"))
+    best = torch.ops.linattn.isa(None)
+    try:
+        torch.ops.linattn.isa(name)
+    except RuntimeError as refused:
+        pytest.skip(str(refused))
+    try:
+        yield
+    finally:
+        torch.ops.linattn.isa(best)
 
 
 def call(tensors: dict, options: dict, backend: str) -> dict[str, torch.Tensor]:

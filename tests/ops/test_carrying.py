@@ -5,12 +5,29 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import BACKEND, PRESENT, PROPERTY_AXES, Case, agree, all_agree, call, cotangent, pairwise, some, states, whole, widest
+from cases import (
+    BACKEND,
+    FLOOR,
+    PRESENT,
+    PROPERTY_AXES,
+    Case,
+    agree,
+    all_agree,
+    call,
+    cotangent,
+    instruction_set,
+    pairwise,
+    some,
+    states,
+    whole,
+    widest,
+)
 
 import linattn
 from linattn.ops.form import boundary_rows
 
-CAUSAL = [Case(**row, T=19) for row in pairwise(PROPERTY_AXES | {"direction": ("causal",)})]
+AXES = {"direction": ("causal",), "widths": ((8, 6), (1, 1), (33, 48), (64, 64)), "dtype": (torch.float32, torch.bfloat16)}
+CAUSAL = [Case(**row, T=19) for row in pairwise(PROPERTY_AXES | AXES)]
 
 
 def tokens(tensors, at):
@@ -19,10 +36,8 @@ def tokens(tensors, at):
     return {name: x if timeless(name, x) else x[:, at] for name, x in tensors.items()}
 
 
-@pytest.mark.parametrize("backend", ["auto", *PRESENT])
-@some(CAUSAL)
-def test_step_is_the_operator(case, backend):
-    case = replace(case, dtype=torch.float32 if backend == "auto" else widest(backend))
+def step_by_step(case, backend):
+    """One token at a time beside the oracle, which has them all at once."""
     tensors, options = case.inputs()
     wanted = call(tensors, options, "reference")
     state, outs = linattn.State(tensors["kv"], tensors["z"]), []
@@ -34,10 +49,29 @@ def test_step_is_the_operator(case, backend):
             state=state, normalize=options["normalize"], eps=options["eps"], backend=backend,
         )  # fmt: skip
         outs.append(o)
-    agree(torch.stack(outs, 1), wanted["o"], "o")
+    agree(torch.stack(outs, 1), wanted["o"], "o", slack=2 if case.dtype == torch.bfloat16 else FLOOR)
     all_agree({name: x for name, x in (("state.kv", state.kv), ("state.z", state.z)) if x is not None}, states(wanted))
     for x, y in zip(before, (tensors["kv"], tensors["z"]), strict=True):
         assert x is None or torch.equal(x, y)  # a step leaves the state it was given as it was
+
+
+@pytest.mark.parametrize("backend", ["auto", *PRESENT])
+@some(CAUSAL)
+def test_step_is_the_operator(case, backend):
+    step_by_step(case, backend)
+
+
+@pytest.mark.parametrize("backend", [name for name in PRESENT if widest(name) == torch.float64])
+@some(CAUSAL, dtype=torch.float64)
+def test_step_is_the_operator_in_float64(case, backend):
+    step_by_step(case, backend)
+
+
+@pytest.mark.parametrize("isa", ["plain", "avx2"])
+@some(CAUSAL)
+def test_step_in_every_instruction_set(case, isa):
+    with instruction_set(isa):
+        step_by_step(case, "cpu")
 
 
 @some(CAUSAL[:4], T=1)
