@@ -154,10 +154,12 @@ def step(
 
 def _step_is_plain(q, k, v, log_decay, beta, kv, z, normalizer) -> bool:
     """Whether the arguments fit together without a conversion and want no gradient; if not, the general path sees to them."""
-    given = [x for x in (q, k, v, kv, log_decay, beta, z) if x is not None]
+    given = (q, k, v, kv, *(x for x in (log_decay, beta, z) if x is not None))
     for x in given:
-        if not isinstance(x, Tensor) or x.device != q.device or x.dtype != (q.dtype if x is q or x is k or x is v else kv.dtype):
+        if not isinstance(x, Tensor) or x.device != given[0].device:
             return False
+    if q.dtype != k.dtype or q.dtype != v.dtype or any(x.dtype != accumulator(q.dtype) for x in given[3:]):
+        return False
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3 or (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
         return False
     (B, H, K), V = k.shape, v.shape[2]
@@ -167,7 +169,6 @@ def _step_is_plain(q, k, v, log_decay, beta, kv, z, normalizer) -> bool:
         and q.shape[0] == B
         and q.shape[2] == K
         and q.shape[1] % H == 0
-        and kv.dtype == accumulator(q.dtype)
         and (log_decay is None or log_decay.shape in ((H,), (B, H), (B, H, K)))
         and (beta is None or beta.shape == (B, H))
         and normalizer in NORMALIZERS
