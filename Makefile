@@ -7,7 +7,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check
 READY := $(VENV)/ready
 SANITIZED := build/sanitize
 
-# A machine without an NVIDIA driver gets the build of torch without CUDA, which lies on pip's own index or on torch's, by the machine.
+# A machine without an NVIDIA driver gets the release of torch that pip can take there without any CUDA package.
 CUDA := $(shell (nvidia-smi -L || /sbin/ldconfig -p | grep libcuda.so.1) >/dev/null 2>&1 && echo yes)
 CPU_TORCH := 2.13.0
 
@@ -17,7 +17,7 @@ demo: build
 	$(PY) -m linattn demo
 
 test: build
-	$(PY) -m pytest -m "not slow and not gpu" $(ARGS)
+	$(PY) -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -30,7 +30,7 @@ sanitize: $(READY)
 	$(PY) -I linattn/build.py --sanitize --output $(SANITIZED)/linattn/libcpu.so
 	LD_PRELOAD="$$(for lib in asan ubsan stdc++; do g++ -print-file-name=lib$$lib.so; done | tr '\n' ' ')" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
-	$(VENV)/bin/pytest tests/test_cpu_kernel.py $(ARGS)
+	$(VENV)/bin/pytest tests/ops -k every_instruction_set $(ARGS)
 
 # Without a compiler the package works, by torch alone; a compiler that fails is an error.
 build: $(READY)
