@@ -60,8 +60,8 @@ class Case:
         return "-".join([*words, "from" if self.state else "fresh", "+".join(self.record) or "plain", str(self.stride)])
 
     def inputs(self, seed: int = 0) -> tuple[dict, dict]:
-        """(tensors, options) of `linear_attention`. Normalised calls have positive features, and clamped ones rows of q that are zero,
-        so that no row sum lies near its clamp; keys of the delta rule have length 1."""
+        """(tensors, options) of `linear_attention`. Normalised calls have positive features, and clamped ones some rows of q negative,
+        so that every row sum lies well to one side of its clamp; keys of the delta rule have length 1."""
         draw = torch.Generator().manual_seed(seed)
         randn = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
         rand = lambda *shape: torch.rand(*shape, generator=draw, dtype=torch.float64)
@@ -71,7 +71,7 @@ class Case:
         if self.normalize != "none":
             q, k = 0.5 + rand(*q.shape), 0.5 + rand(*k.shape)
         if self.normalize == "clamp":
-            q[:, ::3] = 0
+            q[:, ::3] *= -1
         if self.delta:
             k = k / k.norm(dim=-1, keepdim=True)
         shape = {"none": None, "head": (H,), "scalar": (B, T, H), "channel": (B, T, H, K)}[self.decay]
