@@ -1,0 +1,66 @@
+"""Backend `triton`: fused kernels for a GPU. Triton itself is imported when the first call arrives."""
+
+from importlib.util import find_spec
+
+import torch
+
+from ..form import Call, Form
+from ..tiles import ARCHITECTURES, MAX_WIDTH
+
+NAME = "triton"
+DEVICE = "cuda"
+
+
+def why_not(call: Call) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if call.dtype == torch.float64:
+        return "float64: tensor cores and the chunk states are at most float32"
+    if call.dtype == torch.float16:
+        return "float16: a chunk state may exceed its largest number, 65504; use bfloat16"
+    if max(call.K, call.V) > MAX_WIDTH:
+        return f"K={call.K} V={call.V}: heads wider than {MAX_WIDTH}"
+    if interpreted():
+        return None if call.device == "cpu" else "Triton's interpreter is on: it takes CPU tensors"
+    if call.device != "cuda":
+        return f"tensors on {call.device}: Triton runs on a GPU"
+    if not torch.cuda.is_available():
+        return "no GPU driver"
+    if architecture() not in ARCHITECTURES:
+        return f"no tiles for {architecture()}; there are tiles for {list(ARCHITECTURES)}"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is on: kernels then run on CPU tensors, for checks."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def architecture() -> str:
+    """Name of the current GPU's row in the tiles table."""
+    if interpreted():
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties().gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{0 if major >= 10 else minor}"
+
+
+def forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, form: Form):
+    from . import launch
+
+    return launch.forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, form)
+
+
+def backward(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, cu_seqlens, o, d, form: Form):
+    from . import launch
+
+    return launch.backward(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, cu_seqlens, o, d, form)
+
+
+def step(q, k, v, log_decay, beta, kv, z, form: Form):
+    from . import launch
+
+    return launch.step(q, k, v, log_decay, beta, kv, z, form)

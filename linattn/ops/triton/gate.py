@@ -1,0 +1,166 @@
+"""The only Triton file that knows the decay kinds: none, head, scalar, channel.
+
+Gates are taken to base 2 on loading. A clock ℓ is the running sum of gates inside a chunk, [C], or [C K] for a channel decay; every exponent
+formed is ≤ 0. A channel decay cannot be pulled out of a product of two tiles as one factor per pair, so `scores` and `spread` split the chunk
+in halves, the halves in halves, and so on: two tokens meet at the one level where a border lies between them, both faded to that border.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def gates(ptr, first, step, live, heads, h, k, K: tl.constexpr, DECAY: tl.constexpr):
+    """Base-2 log decay of a chunk, zero past the end: [C], or [C K]."""
+    if DECAY == "channel":
+        at = ptr + (first * heads + h) * K + step[:, None] * (heads * K) + k[None, :]
+        g = tl.load(at, mask=live[:, None] & (k < K)[None, :], other=0.0) * LOG2E
+    elif DECAY == "scalar":
+        g = tl.load(ptr + first * heads + h + step * heads, mask=live, other=0.0) * LOG2E
+    elif DECAY == "head":
+        g = tl.where(live, tl.load(ptr + h), 0.0) * LOG2E
+    else:
+        g = tl.where(live, 0.0, 0.0)
+    return g
+
+
+@triton.jit
+def clock(g, LEAVING: tl.constexpr):
+    """ℓ: inclusive, or exclusive where a token pays its gate on leaving."""
+    if LEAVING:
+        l = tl.cumsum(g, 0) - g
+    else:
+        l = tl.cumsum(g, 0)
+    return l
+
+
+@triton.jit
+def unclock(dl, LEAVING: tl.constexpr):
+    """Gradient of `clock` to g."""
+    if LEAVING:
+        dg = tl.cumsum(dl, 0, reverse=True) - dl
+    else:
+        dg = tl.cumsum(dl, 0, reverse=True)
+    return dg
+
+
+@triton.jit
+def faded(x, e, DECAY: tl.constexpr):
+    """x [C ·] ⊙ 2^e, float32 where there is a decay; a channel decay needs · = K."""
+    if DECAY == "channel":
+        y = x * tl.exp2(e)
+    elif DECAY == "none":
+        y = x
+    else:
+        y = x * tl.exp2(e)[:, None]
+    return y
+
+
+@triton.jit
+def carried(S, total, DECAY: tl.constexpr):
+    """The state [K V] over a stretch of decay `total`: a number, or [K]."""
+    if DECAY == "channel":
+        S = S * tl.exp2(total)[:, None]
+    elif DECAY != "none":
+        S = S * tl.exp2(total)
+    return S
+
+
+@triton.jit
+def carried_z(z, total, DECAY: tl.constexpr):
+    if DECAY != "none":
+        z = z * tl.exp2(total)
+    return z
+
+
+@triton.jit
+def read(x, S, e, DECAY: tl.constexpr):
+    """(x ⊙ 2^e) S: rows x [C K] read the state."""
+    if DECAY == "channel":
+        y = dot(faded(x, e, DECAY).to(x.dtype), S.to(x.dtype))
+    else:
+        y = faded(dot(x, S.to(x.dtype)), e, DECAY)
+    return y
+
+
+@triton.jit
+def written(x, y, e, DECAY: tl.constexpr):
+    """(x ⊙ 2^e)ᵀ y: what rows x [C K] and y [C V] leave in the state. The rows of y are faded where they can be: x then stays as loaded."""
+    if DECAY == "channel":
+        S = dot(tl.trans(faded(x, e, DECAY).to(x.dtype)), y.to(x.dtype))
+    else:
+        S = dot(tl.trans(x), faded(y, e, DECAY).to(x.dtype))
+    return S
+
+
+@triton.jit
+def scores(x, y, l, OWN: tl.constexpr, LATER: tl.constexpr, DECAY: tl.constexpr):
+    """[C C]: product of row i of x and row j of y, faded by 2^−|ℓ_i − ℓ_j|, where i is after j (LATER) or before it; OWN times it where i = j."""
+    if DECAY == "channel":
+        C: tl.constexpr = x.shape[0]
+        i = tl.arange(0, C)
+        P = tl.where(i[:, None] == i[None, :], OWN * tl.sum(x.to(tl.float32) * y, 1)[:, None], 0.0)
+        for level in tl.static_range(7):
+            if 2 ** (level + 1) <= C:
+                a, b = _half(x, l, level, LATER), _half(y, l, level, not LATER)
+                P += tl.where(_meets(C, level), dot(a, tl.trans(b)), 0.0)
+    else:
+        P = dot(x, tl.trans(y)) * _fade(l, OWN, LATER, DECAY)
+    return P
+
+
+@triton.jit
+def spread(dP, y, l, OWN: tl.constexpr, LATER: tl.constexpr, DECAY: tl.constexpr):
+    """Gradient of `scores` to x [C K], from dP [C C] and y."""
+    if DECAY == "channel":
+        C: tl.constexpr = y.shape[0]
+        i = tl.arange(0, C)
+        dx = OWN * tl.sum(tl.where(i[:, None] == i[None, :], dP, 0.0), 1)[:, None] * y
+        for level in tl.static_range(7):
+            if 2 ** (level + 1) <= C:
+                met = tl.where(_meets(C, level), dP, 0.0).to(y.dtype)
+                dx += _half(dot(met, _half(y, l, level, not LATER)), l, level, LATER)
+    else:
+        dx = dot((dP * _fade(l, OWN, LATER, DECAY)).to(y.dtype), y)
+    return dx
+
+
+@triton.jit
+def _fade(l, OWN: tl.constexpr, LATER: tl.constexpr, DECAY: tl.constexpr):
+    C: tl.constexpr = l.shape[0]
+    i = tl.arange(0, C)
+    if LATER:
+        see = i[:, None] > i[None, :]
+    else:
+        see = i[:, None] < i[None, :]
+    if DECAY == "none":
+        fade = tl.where(see, 1.0, 0.0)
+    else:
+        fade = tl.where(see, tl.exp2(-tl.abs(l[:, None] - l[None, :])), 0.0)
+    return fade + tl.where(i[:, None] == i[None, :], OWN, 0.0)
+
+
+@triton.jit
+def _half(x, l, level: tl.constexpr, LATER: tl.constexpr):
+    """Rows of x in the later (or earlier) half of their block of 2^(level + 1), faded to the border between the halves; zeros elsewhere."""
+    C: tl.constexpr = x.shape[0]
+    i = tl.arange(0, C)
+    border = (i >> (level + 1) << (level + 1)) + (2**level - 1)
+    at_border = tl.gather(l, tl.broadcast_to(border[:, None], l.shape), 0)
+    here = ((i >> level) & 1) == (1 if LATER else 0)
+    return tl.where(here[:, None], x * tl.exp2(-tl.abs(l - at_border)), 0.0).to(x.dtype)
+
+
+@triton.jit
+def _meets(C: tl.constexpr, level: tl.constexpr):
+    """Pairs inside one block of 2^(level + 1)."""
+    block = tl.arange(0, C) >> (level + 1)
+    return block[:, None] == block[None, :]
+
+
+@triton.jit
+def dot(a, b):
+    """float32 stays float32: no tensor-float rounding. Operands of a half type accumulate in float32."""
+    return tl.dot(a, b, input_precision="ieee")

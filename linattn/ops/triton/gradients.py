@@ -1,0 +1,210 @@
+"""`bwd_dq` and `bwd_dkv`: the gradients of one chunk, given the states and gradient states on entering it; every chunk at once.
+
+A clock is pulled up by what reads through it and down by what was written through it, and a chunk's total by what crosses the chunk:
+
+    dℓ (from the left)    q·dq − k·dk          dL    2^L ⟨P, dP⟩ + Σ_j k_j·dk_j, of dk only what the state dP gave
+    dℓ (from the right)   k·dk − q·dq          dL    2^L ⟨N, dN⟩ + Σ_i q_i·dq_i, of dq only what the state N gave
+
+All sums stay inside the chunk; summed over the whole sequence instead, rounding errors of both terms pile up to percents.
+"""
+
+import triton
+import triton.language as tl
+
+from .gate import carried, carried_z, clock, dot, faded, gates, read, scores, spread, unclock
+from .layout import column, first_row, gradient, locate, put, put_column, tile, tokens
+from .state import entering, entering_z
+
+
+@triton.jit
+def _per_gate(x, DECAY: tl.constexpr):
+    """[C K] → what one gate governs: [C K] for a channel decay, else its row sums [C]."""
+    if DECAY == "channel":
+        y = x
+    else:
+        y = tl.sum(x, 1)
+    return y
+
+
+@triton.jit
+def _put_gates(dg, x, first, step, live, heads, h, k, K: tl.constexpr, DECAY: tl.constexpr):
+    if DECAY == "channel":
+        put(dg, x, first, step, live, heads, h, k, K)
+    else:
+        put_column(dg, x, first, step, live, heads, h)
+
+
+@triton.jit
+def _load_gates(dg, first, step, live, heads, h, k, K: tl.constexpr, DECAY: tl.constexpr):
+    if DECAY == "channel":
+        x = tile(dg, first, step, live, heads, h, k, K)
+    else:
+        x = column(dg, first, step, live, heads, h)
+    return x
+
+
+@triton.jit(do_not_specialize=["N", "T", "H", "G", "segments", "chunks", "rows"])
+def bwd_dq(
+    q, k, v, do, dd, factor, g, states, zs, fades, incoming, incoming_z, cu_seqlens, dq, dg_rows, scale, N, T, H, G, segments, chunks, rows,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr,
+    LEAVING_LEFT: tl.constexpr, LEAVING_RIGHT: tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr,
+    VARLEN: tl.constexpr, SCANNED: tl.constexpr,
+):  # fmt: skip
+    """Grid (chunks of all sequences, query heads). dg_rows: the queries' share of the gate's gradient."""
+    at, hq = tl.program_id(0), tl.program_id(1)
+    h = hq // G
+    n, start, length, c = locate(at, cu_seqlens, N, T, C, VARLEN)
+    if c * C >= length:  # a row that belongs to no sequence
+        return
+    segment = first_row(n, start, T, chunks * C, VARLEN) + c // chunks
+    row, seg_row = at * H + h, segment * H + h
+    right_row, right_seg = row + rows * H, seg_row + segments * H
+    first, step, live = tokens(start, length, c, C, REVERSE)
+    jk = tl.arange(0, BK)
+    b_g = gates(g, first, step, live, H, h, jk, K, DECAY)
+    l, L = clock(b_g, LEAVING_LEFT), tl.sum(b_g, 0)
+    r = clock(b_g, LEAVING_RIGHT)
+    dP = tl.zeros([C, C], tl.float32)
+    left, right = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    for iv in range(0, (V + BV - 1) // BV):
+        jv = iv * BV + tl.arange(0, BV)
+        dn = gradient(do, factor, scale, first, step, live, H * G, hq, jv, V, NORMALIZE)
+        b_v = tile(v, first, step, live, H, h, jv, V)
+        dP += dot(dn, tl.trans(b_v))
+        S = entering(states, fades, incoming, row, seg_row, jk, jv, K, V, DECAY, SCANNED)
+        left += dot(dn, tl.trans(S.to(dn.dtype)))
+        if BOTH:
+            S = entering(states, fades, incoming, right_row, right_seg, jk, jv, K, V, DECAY, SCANNED)
+            right += dot(dn, tl.trans(S.to(dn.dtype)))
+    if NORMALIZE:
+        b_dd = column(dd, first, step, live, H * G, hq)
+        dP += b_dd[:, None]
+        left += b_dd[:, None] * entering_z(zs, fades, incoming_z, row, seg_row, jk, K, DECAY, SCANNED)[None, :]
+        if BOTH:
+            right += b_dd[:, None] * entering_z(zs, fades, incoming_z, right_row, right_seg, jk, K, DECAY, SCANNED)[None, :]
+    b_q = tile(q, first, step, live, H * G, hq, jk, K)
+    b_k = tile(k, first, step, live, H, h, jk, K)
+    left = faded(left, l, DECAY) + spread(dP, b_k, l, OWN, True, DECAY)
+    if DECAY != "none":
+        dg = unclock(_per_gate(b_q * left, DECAY), LEAVING_LEFT)
+    if BOTH:
+        right = faded(right, L - r, DECAY)
+        if DECAY != "none":
+            dg += tl.sum(_per_gate(b_q * right, DECAY), 0)
+        right += spread(dP, b_k, r, 0.0, False, DECAY)
+        if DECAY != "none":
+            dg -= unclock(_per_gate(b_q * right, DECAY), LEAVING_RIGHT)
+        left += right
+    put(dq, left, first, step, live, H * G, hq, jk, K)
+    if DECAY != "none":
+        _put_gates(dg_rows, dg, first, step, live, H * G, hq, jk, K, DECAY)
+
+
+@triton.jit(do_not_specialize=["N", "T", "H", "G", "segments", "chunks", "rows"])
+def bwd_dkv(
+    q, k, v, do, dd, factor, g, states, zs, fades, incoming, incoming_z, cu_seqlens, dg_rows, dwrites, dk, dv, dg,
+    scale, N, T, H, G, segments, chunks, rows,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr,
+    DELTA: tl.constexpr, LEAVING_LEFT: tl.constexpr, LEAVING_RIGHT: tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr,
+    REVERSE: tl.constexpr, VARLEN: tl.constexpr, SCANNED: tl.constexpr, WRITES: tl.constexpr,
+):  # fmt: skip
+    """Grid (chunks of all sequences, H). DELTA: v is u, whose gradient the walk has made already; dv is left alone."""
+    at, h = tl.program_id(0), tl.program_id(1)
+    n, start, length, c = locate(at, cu_seqlens, N, T, C, VARLEN)
+    if c * C >= length:
+        return
+    segment = first_row(n, start, T, chunks * C, VARLEN) + c // chunks
+    D: tl.constexpr = 2 if BOTH else 1
+    p_row, p_seg, family, seg_family = at * H + h, segment * H + h, rows * H, segments * H
+    first, step, live = tokens(start, length, c, C, REVERSE)
+    jk = tl.arange(0, BK)
+    b_g = gates(g, first, step, live, H, h, jk, K, DECAY)
+    l, L = clock(b_g, LEAVING_LEFT), tl.sum(b_g, 0)
+    r = clock(b_g, LEAVING_RIGHT)
+    b_k = tile(k, first, step, live, H, h, jk, K)
+    left, right = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    crossing = tl.zeros([BK], tl.float32)  # ⟨P, dP⟩ + ⟨N, dN⟩ per channel
+    for iv in range(0, (V + BV - 1) // BV):
+        jv = iv * BV + tl.arange(0, BV)
+        b_v = tile(v, first, step, live, H, h, jv, V)
+        dS = entering(states, fades, incoming, p_row + D * family, p_seg + D * seg_family, jk, jv, K, V, DECAY, SCANNED)
+        left += dot(b_v, tl.trans(dS.to(b_v.dtype)))
+        if not DELTA:
+            dv_acc = read(b_k, dS, L - l, DECAY).to(tl.float32)
+        if DECAY != "none":
+            crossing += tl.sum(dS * entering(states, fades, incoming, p_row, p_seg, jk, jv, K, V, DECAY, SCANNED), 1)
+        if BOTH:
+            dS = entering(states, fades, incoming, p_row + 3 * family, p_seg + 3 * seg_family, jk, jv, K, V, DECAY, SCANNED)
+            right += dot(b_v, tl.trans(dS.to(b_v.dtype)))
+            dv_acc += read(b_k, dS, r, DECAY)
+            if DECAY != "none":
+                S = entering(states, fades, incoming, p_row + family, p_seg + seg_family, jk, jv, K, V, DECAY, SCANNED)
+                crossing += tl.sum(dS * S, 1)
+        if not DELTA:
+            for head in range(0, G):
+                b_q = tile(q, first, step, live, H * G, h * G + head, jk, K)
+                dn = gradient(do, factor, scale, first, step, live, H * G, h * G + head, jv, V, NORMALIZE)
+                P = scores(b_k, b_q, l, OWN, False, DECAY)
+                if BOTH:
+                    P += scores(b_k, b_q, r, 0.0, True, DECAY)
+                dv_acc += dot(P.to(dn.dtype), dn)
+            if WRITES:
+                dv_acc += tile(dwrites, first, step, live, H, h, jv, V)
+            put(dv, dv_acc, first, step, live, H, h, jv, V)
+    if NORMALIZE:
+        dz = entering_z(zs, fades, incoming_z, p_row + D * family, p_seg + D * seg_family, jk, K, DECAY, SCANNED)
+        left += tl.where(live, 1.0, 0.0)[:, None] * dz[None, :]
+        if DECAY != "none":
+            crossing += dz * entering_z(zs, fades, incoming_z, p_row, p_seg, jk, K, DECAY, SCANNED)
+        if BOTH:
+            dz = entering_z(zs, fades, incoming_z, p_row + 3 * family, p_seg + 3 * seg_family, jk, K, DECAY, SCANNED)
+            right += tl.where(live, 1.0, 0.0)[:, None] * dz[None, :]
+            if DECAY != "none":
+                crossing += dz * entering_z(zs, fades, incoming_z, p_row + family, p_seg + seg_family, jk, K, DECAY, SCANNED)
+    left = faded(left, L - l, DECAY)
+    if DECAY == "channel":
+        b_dg = tl.sum(b_k * left, 0)[None, :] + tl.where(live, 1.0, 0.0)[:, None] * carried_z(crossing, L, DECAY)[None, :]
+    elif DECAY != "none":
+        b_dg = tl.sum(tl.sum(b_k * left, 1), 0) + tl.where(live, 1.0, 0.0) * (tl.sum(crossing, 0) * tl.exp2(L))
+    if BOTH:
+        right = faded(right, r, DECAY)
+    for head in range(0, G):
+        b_q = tile(q, first, step, live, H * G, h * G + head, jk, K)
+        dP = tl.zeros([C, C], tl.float32)
+        for iv in range(0, (V + BV - 1) // BV):
+            jv = iv * BV + tl.arange(0, BV)
+            dn = gradient(do, factor, scale, first, step, live, H * G, h * G + head, jv, V, NORMALIZE)
+            dP += dot(tile(v, first, step, live, H, h, jv, V), tl.trans(dn))
+        if NORMALIZE:
+            dP += column(dd, first, step, live, H * G, h * G + head)[None, :]
+        left += spread(dP, b_q, l, OWN, False, DECAY)
+        if BOTH:
+            right += spread(dP, b_q, r, 0.0, True, DECAY)
+        if DECAY != "none":
+            b_dg += _load_gates(dg_rows, first, step, live, H * G, h * G + head, jk, K, DECAY)
+    if DECAY != "none":
+        b_dg -= unclock(_per_gate(b_k * left, DECAY), LEAVING_LEFT)
+        if BOTH:
+            b_dg += unclock(_per_gate(b_k * right, DECAY), LEAVING_RIGHT)
+        _put_gates(dg, b_dg, first, step, live, H, h, jk, K, DECAY)
+    if BOTH:
+        left += right
+    put(dk, left, first, step, live, H, h, jk, K)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def row_factors(do, o, d, factor, dd, scale, eps, rows, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, CLAMP: tl.constexpr):
+    """Of a normalised call, per row: dn = factor · do, and dd, the gradient of the row sum. Grid (rows / R)."""
+    i, jv = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, BV)
+    live = (i < rows)[:, None] & (jv < V)[None, :]
+    at = i[:, None] * V + jv[None, :]
+    dot_o = tl.sum(tl.load(do + at, mask=live, other=0.0).to(tl.float32) * tl.load(o + at, mask=live, other=0.0).to(tl.float32), 1)
+    b_d = tl.load(d + i, mask=i < rows, other=1.0)
+    if CLAMP:
+        f = scale / tl.maximum(b_d, eps)
+        b_dd = tl.where(b_d > eps, -f * dot_o, 0.0)
+    else:
+        f = scale / (b_d + eps)
+        b_dd = -f * dot_o
+    tl.store(factor + i, f, mask=i < rows)
+    tl.store(dd + i, b_dd, mask=i < rows)

@@ -1,0 +1,83 @@
+"""`output`: o = (what the state before the chunk shows) + (what the chunk's own tokens show), walking each segment from left to right.
+
+The state from the left is carried in registers; bidirectional calls read the one from the right, stored by `seg_state`.
+"""
+
+import triton
+import triton.language as tl
+
+from .gate import carried, carried_z, clock, dot, faded, gates, read, scores, written
+from .layout import first_row, locate, matrix, put, put_column, put_matrix, put_vector, tile, tokens, vector
+from .state import entering, entering_z
+
+
+@triton.jit(do_not_specialize=["N", "T", "H", "G", "segments", "chunks", "every"])
+def output(
+    q, k, v, g, w, incoming, incoming_z, states, zs, fades, cu_seqlens, o, d, writes, bkv, bz, last, last_z,
+    scale, eps, N, T, H, G, segments, chunks, every,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr,
+    DELTA: tl.constexpr, LEAVING_LEFT: tl.constexpr, LEAVING_RIGHT: tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr,
+    DIVIDE: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr, SCANNED: tl.constexpr, RECORD: tl.constexpr,
+    WRITES: tl.constexpr, PIPE: tl.constexpr,
+):  # fmt: skip
+    """Grid (V tiles, segments × query heads). NORMALIZE: row sums d are formed; DIVIDE: "none", "sum" or "clamp".
+
+    DELTA: v is what `wy` made of it, and w reads off it what the state holds already: u = v − w S.
+    """
+    iv, segment, hq = tl.program_id(0), tl.program_id(1) // (H * G), tl.program_id(1) % (H * G)
+    h = hq // G
+    n, start, length, block = locate(segment, cu_seqlens, N, T, chunks * C, VARLEN)
+    count = tl.minimum(chunks, tl.cdiv(length, C) - block * chunks)
+    jk, jv = tl.arange(0, BK), iv * BV + tl.arange(0, BV)
+    S, z = matrix(incoming, segment * H + h, jk, jv, K, V), vector(incoming_z, segment * H + h, jk, K)
+    right_row = (segments + segment) * H + h  # the family N follows P
+    chunk_row = first_row(n, start, T, C, VARLEN)
+    record_row = first_row(n, start, T, C * every, VARLEN)
+    speaks = (hq % G == 0) & (count >= 0)  # one query head of a group stores what all of them share
+    for s in tl.range(0, count, num_stages=PIPE):
+        c = block * chunks + s
+        first, step, live = tokens(start, length, c, C, REVERSE)
+        b_q = tile(q, first, step, live, H * G, hq, jk, K)
+        b_k = tile(k, first, step, live, H, h, jk, K)
+        b_u = tile(v, first, step, live, H, h, jv, V)
+        b_g = gates(g, first, step, live, H, h, jk, K, DECAY)
+        l, L = clock(b_g, LEAVING_LEFT), tl.sum(b_g, 0)
+        if RECORD:
+            kept = speaks & (c % every == 0)
+            at = ((record_row + c // every) * H + h).to(tl.int64)
+            tl.store(bkv + at * (K * V) + jk[:, None] * V + jv[None, :], S, mask=(jk < K)[:, None] & (jv < V)[None, :] & kept)
+            if NORMALIZE:
+                tl.store(bz + at * K + jk, z, mask=(jk < K) & kept & (iv == 0))
+        if DELTA:  # write
+            b_w = tile(w, first, step, live, H, h, jk, K)
+            u = b_u - dot(b_w, S.to(b_w.dtype))
+            if WRITES:
+                put(writes, u, first, step, live & speaks, H, h, jv, V)
+            b_u = u.to(b_u.dtype)
+        P = scores(b_q, b_k, l, OWN, True, DECAY)  # emit
+        out = read(b_q, S, l, DECAY)
+        if BOTH:
+            r = clock(b_g, LEAVING_RIGHT)
+            P += scores(b_q, b_k, r, 0.0, False, DECAY)
+            row = (chunk_row + c) * H + h
+            out += read(b_q, entering(states, fades, incoming, row, right_row, jk, jv, K, V, DECAY, SCANNED), L - r, DECAY)
+        out = (out + dot(P.to(b_u.dtype), b_u)) * scale
+        if NORMALIZE:
+            rows = tl.sum(P, 1) + tl.sum(faded(b_q, l, DECAY) * z[None, :], 1)
+            if BOTH:
+                z_right = entering_z(zs, fades, incoming_z, row, right_row, jk, K, DECAY, SCANNED)
+                rows += tl.sum(faded(b_q, L - r, DECAY) * z_right[None, :], 1)
+            rows *= scale
+            put_column(d, rows, first, step, live & (iv == 0), H * G, hq)
+            z = carried_z(z, L, DECAY) + tl.sum(faded(b_k, L - l, DECAY).to(tl.float32), 0)
+            if DIVIDE == "sum":
+                out = out / tl.where(live, rows + eps, 1.0)[:, None]
+            elif DIVIDE == "clamp":
+                out = out / tl.maximum(rows, eps)[:, None]
+        put(o, out, first, step, live, H * G, hq, jv, V)
+        S = carried(S, L, DECAY) + written(b_k, b_u, L - l, DECAY)  # carry
+    if not SCANNED:  # one segment is the whole sequence
+        if speaks:
+            put_matrix(last, S, n * H + h, jk, jv, K, V)
+            if iv == 0:
+                put_vector(last_z, z, n * H + h, jk, K)
