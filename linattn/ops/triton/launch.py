@@ -10,6 +10,7 @@ from .gradients import bwd_dkv, bwd_dq, row_factors
 from .delta import wy, wy_backward
 from .output import output
 from .state import seg_scan, seg_state
+from .step import step as one_token
 
 
 class _Pass:
@@ -119,7 +120,8 @@ class _Pass:
         last, last_z = self.new(families, self.N, H, K, V), self.new(families, self.N, H, K)
         options = self.options("scan", BOTH=D == 2, NORMALIZE=self.normal)
         seg_scan[(families, self.N * H, -(-V // options["BV"]))](
-            parts, parts_z, totals, kv, z, dkv, dz, last, last_z, self.cu_seqlens, self.N, self.T, H, self.segments, self.chunks, **options
+            parts, parts_z, totals, kv, z, dkv if grad else kv, dz if grad else z, last, last_z,
+            self.cu_seqlens, self.N, self.T, H, self.segments, self.chunks, **options,
         )
         return (states, zs, fades, parts, parts_z), (last, last_z)
 
@@ -243,4 +245,20 @@ def backward(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, c
 
 
 def step(q, k, v, log_decay, beta, kv, z, form: Form):
-    raise NotImplementedError
+    """As eager.step: → o, kv, z."""
+    q, k, v, log_decay, beta, kv, z = (None if x is None else x.contiguous() for x in (q, k, v, log_decay, beta, kv, z))
+    (B, H, K), V, G = k.shape, v.shape[2], q.shape[1] // k.shape[1]
+    o = torch.empty(B, H * G, V, dtype=q.dtype, device=q.device)
+    new_kv, new_z = torch.empty_like(kv), None if z is None else torch.empty_like(z)
+    if log_decay is None:
+        decay = "none"
+    elif log_decay.shape == k.shape:
+        decay = "channel"
+    else:
+        decay = "head" if log_decay.ndim == 1 else "scalar"
+    tile = pick(architecture(), "step", K, V, q.element_size(), False)
+    one_token[(-(-V // tile.BV), B * H)](
+        q, k, v, log_decay, beta, kv, z, o, new_kv, new_z, form.scale, form.eps, H, G,
+        K=K, V=V, BK=power_of_two(K), BV=tile.BV, DECAY=decay, DELTA=beta is not None, DIVIDE=form.normalize, num_warps=tile.warps,
+    )  # fmt: skip
+    return o, new_kv, new_z
