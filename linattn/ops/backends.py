@@ -2,10 +2,10 @@
 
 import torch
 
-from . import cpu, eager, oracle
+from . import cpu, eager, oracle, triton
 from .form import Call
 
-BACKENDS = (cpu, eager, oracle)  # in order of preference; `reference` takes every call
+BACKENDS = (triton, cpu, eager, oracle)  # in order of preference; `reference` takes every call
 BY_NAME = {backend.NAME: backend for backend in BACKENDS}
 
 
@@ -30,5 +30,5 @@ def why_not(name: str) -> str | None:
     """Why backend `name` cannot run on this machine, for a plain float32 call; None if it can."""
     if name not in BY_NAME:
         raise ValueError(f"name must be one of {list(BY_NAME)}; got {name!r}")
-    plain = Call("cpu", torch.float32, "none", False, True, 64, 64)
+    plain = Call(getattr(BY_NAME[name], "DEVICE", "cpu"), torch.float32, "none", False, True, 64, 64)
     return BY_NAME[name].why_not(plain)

@@ -14,7 +14,7 @@ class Tile(NamedTuple):
 
 
 def pick(arch: str, kernel: str, K: int, V: int, size: int, heavy: bool) -> Tile:
-    return Tile(16 if heavy else 64, min(64, power_of_two(V)), 4, 2)
+    return Tile(32 if heavy else 64, min(64, power_of_two(V)), 4, 2)
 
 
 def power_of_two(n: int) -> int:

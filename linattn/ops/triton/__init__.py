@@ -1,5 +1,7 @@
 """Backend `triton`: fused kernels for a GPU. Triton itself is imported when the first call arrives."""
 
+from contextlib import nullcontext
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -12,7 +14,7 @@ DEVICE = "cuda"
 
 
 def why_not(call: Call) -> str | None:
-    if find_spec("triton") is None:
+    if not installed():
         return "triton is not installed"
     if call.dtype == torch.float64:
         return "float64: tensor cores and the chunk states are at most float32"
@@ -21,7 +23,7 @@ def why_not(call: Call) -> str | None:
     if max(call.K, call.V) > MAX_WIDTH:
         return f"K={call.K} V={call.V}: heads wider than {MAX_WIDTH}"
     if interpreted():
-        return None if call.device == "cpu" else "Triton's interpreter is on: it takes CPU tensors"
+        return None
     if call.device != "cuda":
         return f"tensors on {call.device}: Triton runs on a GPU"
     if not torch.cuda.is_available():
@@ -29,6 +31,11 @@ def why_not(call: Call) -> str | None:
     if architecture() not in ARCHITECTURES:
         return f"no tiles for {architecture()}; there are tiles for {list(ARCHITECTURES)}"
     return None
+
+
+@cache
+def installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def interpreted() -> bool:
@@ -51,16 +58,24 @@ def architecture() -> str:
 def forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, form: Form):
     from . import launch
 
-    return launch.forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, form)
+    with _device_of(q):
+        return launch.forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, form)
 
 
 def backward(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, cu_seqlens, o, d, form: Form):
     from . import launch
 
-    return launch.backward(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, cu_seqlens, o, d, form)
+    with _device_of(q):
+        return launch.backward(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, cu_seqlens, o, d, form)
 
 
 def step(q, k, v, log_decay, beta, kv, z, form: Form):
     from . import launch
 
-    return launch.step(q, k, v, log_decay, beta, kv, z, form)
+    with _device_of(q):
+        return launch.step(q, k, v, log_decay, beta, kv, z, form)
+
+
+def _device_of(x):
+    """Triton launches on the current device; the tensors' may be another."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -8,6 +8,7 @@ from ..tiles import chunks_per_segment, pick, power_of_two
 from . import architecture
 from .gradients import bwd_dkv, bwd_dq, row_factors
 from .delta import wy, wy_backward
+from .nodecay import nodecay_bwd, nodecay_out, seg_sum
 from .output import output
 from .state import seg_scan, seg_state
 from .step import step as one_token
@@ -106,7 +107,8 @@ class _Pass:
         fades, totals = self.new(kept, chunk_rows, H, *wide), self.new(families, self.segments, H, *wide)
         parts, parts_z = self.new(families, self.segments, H, K, V), self.new(families, self.segments, H, K)
         options = self.full(
-            kernel, GRAD=grad, DELTA=w is not None, RECORD=dbkv is not None, WRITES=dwrites is not None, PIPE=self.tile(kernel).stages
+            kernel, GRAD=grad, DELTA=w is not None, KEEP=True, RECORD=dbkv is not None, WRITES=dwrites is not None,
+            PIPE=self.tile(kernel).stages,
         )
         if families > family:
             grid = ((families - family) * -(-V // options["BV"]), self.segments * H)
@@ -180,26 +182,75 @@ class _Pass:
         return dq, dk, dv, None if self.g is None else dg, dbeta, last[D:], last_z[D:]
 
 
-def _sides(beta, form: Form) -> tuple:
-    """The passes a call takes: side 0 or 1, or None for both at once."""
-    if form.causal:
-        return (0,)
-    return (0, 1) if beta is not None or form.stride else (None,)
+class _NoDecay(_Pass):
+    """The launches of a bidirectional call without decay: both sides are one sum."""
+
+    def __init__(self, q, k, v, cu_seqlens, form: Form):
+        super().__init__(q, k, v, None, None, cu_seqlens, form, 0)
+
+    def sums(self, kernel, kv, z, dkv=None, dz=None, do=None, dd=None, factor=None):
+        """S, and with gradients G, of each sequence: [1 or 2, N H ·] in the dtype of k, z in float32; last states [2 or 4, N H ·]."""
+        H, K, V, none, grad = self.H, self.K, self.V, self.none, dkv is not None
+        families = 2 if grad else 1
+        parts, parts_z = self.new(families, self.segments, H, K, V), self.new(families, self.segments, H, K)
+        options = self.full(kernel, GRAD=grad, DELTA=False, KEEP=False, RECORD=False, WRITES=False, PIPE=self.tile(kernel).stages, SCANNED=True)
+        tiles = -(-V // options["BV"])
+        seg_state[(families * tiles, self.segments * H)](
+            self.q, self.k, self.v, do, None, None, None, None, dd, factor, none, kv, z, dkv, dz, None, None, self.cu_seqlens, parts, parts_z,
+            none, parts, parts_z, none, self.form.scale, self.N, self.T, H, self.G, 0, self.segments, self.chunks, 1, **options,
+        )  # fmt: skip
+        whole, whole_z = self.new(families, self.N, H, K, V, dtype=self.k.dtype), self.new(families, self.N, H, K)
+        last, last_z = self.new(2 * families, self.N, H, K, V), self.new(2 * families, self.N, H, K)
+        seg_sum[(families, self.N * H, tiles)](
+            parts, parts_z, kv, z, dkv if grad else kv, dz if grad else z, self.cu_seqlens, whole, whole_z, last, last_z,
+            self.N, self.T, H, self.segments, self.chunks, NORMALIZE=self.normal, **self.options(kernel),
+        )  # fmt: skip
+        return whole, whole_z, last, last_z
+
+    def forward(self, kv, z, divide: str, dtype):
+        B, heads = 1 if self.cu_seqlens is not None else self.N, self.H * self.G
+        self.cut("state")
+        whole, whole_z, last, last_z = self.sums("state", kv, z)
+        o, d = self.new(B, self.T, heads, self.V, dtype=dtype), self.new(B, self.T, heads if self.normal else 0)
+        options = self.options("nodecay_out", NORMALIZE=self.normal, DIVIDE=divide)
+        nodecay_out[(self.rows(options["C"]), heads)](
+            self.q, whole, whole_z, self.cu_seqlens, o, d, self.form.scale, self.form.eps, self.N, self.T, self.H, self.G, **options
+        )
+        return o, d, last, last_z, None, None, self.v.float() if self.form.writes else None
+
+    def backward(self, do, dd, factor, dkv, dz, dbkv, dbz, dwrites, kv, z, dtype):
+        self.cut("bwd_state")
+        whole, whole_z, last, last_z = self.sums("bwd_state", kv, z, dkv, dz, do, dd, factor)
+        dq, dk, dv = (torch.empty_like(x) for x in (self.q, self.k, self.v))
+        options = self.options("nodecay_bwd", NORMALIZE=self.normal, WRITES=dwrites is not None)
+        nodecay_bwd[(self.rows(options["C"]), self.H * (self.G + 1))](
+            self.k, self.v, do, dd, factor, whole, whole_z, self.cu_seqlens, dwrites, dq, dk, dv,
+            self.form.scale, self.N, self.T, self.H, self.G, **options,
+        )  # fmt: skip
+        return dq, dk, dv, None, None, last[2:], last_z[2:]
+
+
+def _passes(q, k, v, log_decay, beta, cu_seqlens, form: Form) -> list[tuple[slice, _Pass]]:
+    """The passes a call takes, and which directions each one owns."""
+    inputs = (q, k, v, log_decay, beta, cu_seqlens, form)
+    if not form.causal and log_decay is None and beta is None and not form.stride:
+        return [(slice(None), _NoDecay(q, k, v, cu_seqlens, form))]
+    if not form.causal and beta is None and not form.stride:
+        return [(slice(None), _Pass(*inputs, None))]
+    return [(slice(side, side + 1), _Pass(*inputs, side)) for side in range(1 if form.causal else 2)]
 
 
 def forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, form: Form):
     """As eager.forward: → o, kv, z, row sums, boundaries kv and z, writes."""
     kv, z, normal = kv.contiguous(), z.contiguous(), form.normalize != "none"
-    sides = _sides(beta, form)
-    outs = []
-    for side in sides:
-        one = slice(None) if side is None else slice(side, side + 1)
-        run = _Pass(q, k, v, log_decay, beta, cu_seqlens, form, side)
-        single = len(sides) == 1
-        outs.append(run.forward(kv[one], z[one], form.normalize if single else "none", q.dtype if single else torch.float32))
+    if k.shape[1] == 0:
+        return _nothing(q, k, v, kv, z, form)
+    passes = _passes(q, k, v, log_decay, beta, cu_seqlens, form)
+    how = (form.normalize, q.dtype) if len(passes) == 1 else ("none", torch.float32)
+    outs = [run.forward(kv[owned], z[owned], *how) for owned, run in passes]
     o, d, last, last_z, bkv, bz, u = zip(*outs, strict=True)
     o, d = sum(o[1:], o[0]), sum(d[1:], d[0])
-    if len(sides) == 2 and normal:
+    if len(passes) == 2 and normal:
         o = o / (d.clamp(min=form.eps) if form.normalize == "clamp" else d + form.eps)[..., None]
     directions, empty = 1 if form.causal else 2, kv.new_empty
     both = lambda xs: torch.stack(xs).expand(directions, *xs[0].shape) if len(xs) < directions else torch.stack(xs)
@@ -214,9 +265,26 @@ def forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, form: Form):
     )
 
 
+def _nothing(q, k, v, kv, z, form: Form):
+    """What a call without tokens returns."""
+    (B, _, H, K), V, D, new = k.shape, v.shape[-1], len(kv), kv.new_empty
+    return (
+        new(*q.shape[:3], V, dtype=q.dtype),
+        kv.clone(),
+        z.clone() if form.normalize != "none" else new(0),
+        new(*q.shape[:3]) if form.normalize != "none" else new(0),
+        kv.new_zeros(D, B, boundary_rows(0, kv.shape[1] if B == 1 else 1, form.stride), H, K, V),
+        kv.new_zeros(D, B, boundary_rows(0, kv.shape[1] if B == 1 else 1, form.stride) if form.normalize != "none" else 0, H, K),
+        new(D, B, 0, H, V),
+    )
+
+
 def backward(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, cu_seqlens, o, d, form: Form):
     """As eager.backward: gradients (dq, dk, dv, dlog_decay, dbeta, dkv, dz)."""
     do, kv, z, dkv, dz = (x.contiguous() for x in (do, kv, z, dkv, dz))
+    if k.shape[1] == 0:
+        like = lambda x: None if x is None else torch.zeros_like(x)
+        return like(q), like(k), like(v), like(log_decay), like(beta), dkv.clone(), dz.clone()
     factor = dd = None
     if form.normalize != "none":
         factor, dd = torch.empty_like(d), torch.empty_like(d)
@@ -224,18 +292,12 @@ def backward(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, c
         row_factors[(-(-d.numel() // 32),)](
             do, o.contiguous(), d, factor, dd, form.scale, form.eps, d.numel(), V=V, BV=power_of_two(V), R=32, CLAMP=form.normalize == "clamp"
         )
-    sides = _sides(beta, form)
+    passes = _passes(q, k, v, log_decay, beta, cu_seqlens, form)
+    dtype = None if len(passes) == 1 else torch.float32
     grads = []
-    for side in sides:
-        one = slice(None) if side is None else slice(side, side + 1)
-        pick_side = lambda x, side=side: None if x is None or not x.numel() else x.sum(0) if side is None else x[side].contiguous()
-        run = _Pass(q, k, v, log_decay, beta, cu_seqlens, form, side)
-        grads.append(
-            run.backward(
-                do, dd, factor, dkv[one], dz[one], pick_side(dbkv), pick_side(dbz), pick_side(dwrites), kv[one], z[one],
-                None if len(sides) == 1 else torch.float32,
-            )
-        )  # fmt: skip
+    for owned, run in passes:
+        mine = lambda x, owned=owned: None if x is None or not x.numel() else x[owned].sum(0)  # writes of both sides are one v
+        grads.append(run.backward(do, dd, factor, dkv[owned], dz[owned], mine(dbkv), mine(dbz), mine(dwrites), kv[owned], z[owned], dtype))
     dq, dk, dv, dg, dbeta, dS, dZ = zip(*grads, strict=True)
     total = lambda xs: None if xs[0] is None else sum(xs[1:], xs[0])
     dg = total(dg)

@@ -139,11 +139,12 @@ def seg_state(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr,
     DELTA: tl.constexpr, LEAVING_LEFT: tl.constexpr, LEAVING_RIGHT: tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr,
     REVERSE: tl.constexpr, VARLEN: tl.constexpr, GRAD: tl.constexpr, SCANNED: tl.constexpr, RECORD: tl.constexpr, WRITES: tl.constexpr,
-    PIPE: tl.constexpr,
+    KEEP: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (families × V tiles, segments × H): the programs that read the same tokens are neighbours, and the second finds them in L2.
 
     `chunks` per segment, `segments` rows of them, `family`: the first one wanted. Forward only N is stored per chunk: P is carried by `output`.
+    KEEP: whether states on entering chunks are wanted at all, or only the sums of whole segments.
     """
     tiles: tl.constexpr = (V + BV - 1) // BV
     f, iv = family + tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -163,28 +164,28 @@ def seg_state(
     if f == 0:
         _walk(
             k, v, k, w, u, dwrites, dd, factor, scale, g, kv, z, dbkv, dbz, states, zs, fades, last, last_z, totals,
-            start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, 1, every, GRAD,
+            start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, 1, every, GRAD and KEEP,
             K, V, BK, BV, C, DECAY, DELTA, LEAVING_LEFT, OWN, NORMALIZE, REVERSE, False, False, SCANNED, RECORD, WRITES, PIPE,
         )  # fmt: skip
     if BOTH:
         if f == 1:
             _walk(
                 k, v, k, w, u, dwrites, dd, factor, scale, g, kv, z, dbkv, dbz, states, zs, fades, last, last_z, totals,
-                start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, 1, every, True,
+                start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, 1, every, KEEP,
                 K, V, BK, BV, C, DECAY, DELTA, LEAVING_RIGHT, OWN, NORMALIZE, REVERSE, True, False, SCANNED, RECORD, WRITES, PIPE,
             )  # fmt: skip
     if GRAD:
         if f == D:
             _walk(
                 q, do, k, w, du, dwrites, dd, factor, scale, g, dkv, dz, dbkv, dbz, states, zs, fades, last, last_z, totals,
-                start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, G, every, True,
+                start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, G, every, KEEP,
                 K, V, BK, BV, C, DECAY, DELTA, LEAVING_LEFT, OWN, NORMALIZE, REVERSE, True, True, SCANNED, RECORD, WRITES, PIPE,
             )  # fmt: skip
         if BOTH:
             if f == D + 1:
                 _walk(
                     q, do, k, w, du, dwrites, dd, factor, scale, g, dkv, dz, dbkv, dbz, states, zs, fades, last, last_z, totals,
-                    start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, G, every, True,
+                    start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, G, every, KEEP,
                     K, V, BK, BV, C, DECAY, DELTA, LEAVING_RIGHT, OWN, NORMALIZE, REVERSE, False, True, SCANNED, RECORD, WRITES, PIPE,
                 )  # fmt: skip
 

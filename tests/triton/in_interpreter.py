@@ -1,0 +1,113 @@
+"""Every kernel against the float64 oracle, in the interpreter. Run by test_triton_kernels.py, which turns the interpreter on."""
+
+import itertools
+
+import pytest
+import torch
+from cases import DECAYS, DIRECTIONS, RECORDS, Case, call, check, pairwise, whole
+from widening import widen_bfloat16
+
+import linattn
+from linattn.ops import tiles
+
+widen_bfloat16()
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy inside the interpreter, for masked lanes
+
+FORMS = [
+    Case(decay=decay, delta=delta, direction=direction, B=1, H=1, T=40, widths=(8, 6))
+    for decay, delta, direction in itertools.product(DECAYS, (False, True), DIRECTIONS)
+    if decay in ("scalar", "channel") or direction in ("causal", "target")  # constant gates: the conventions are one
+]
+FEATURES = {
+    "form": tuple((c.decay, c.delta, c.direction) for c in FORMS),
+    "normalize": ("none", "sum", "clamp"),
+    "groups": (1, 3),
+    "T": (1, 15, 64, 65, 130),
+    "widths": ((16, 16), (20, 40), (40, 20)),
+    "packed": (False, True),
+    "state": (True, False),
+    "record": RECORDS,
+    "stride": (16, 48, 64),
+    "programs": (1, 100),
+}
+
+
+def as_cases(rows):
+    for row in rows:
+        (decay, delta, direction), programs = row.pop("form"), row.pop("programs")
+        yield Case(decay=decay, delta=delta, direction=direction, B=1, H=1, **row), programs
+
+
+MIXED = list(as_cases(pairwise({name: FEATURES[name] for name in FEATURES if name != "form"} | {"form": FEATURES["form"][::7]})))
+ALL = list(as_cases(pairwise(FEATURES)))
+
+
+def compare(case, programs=1):
+    """`programs`: how many the tiles table is told to want; 1 leaves every sequence in one segment, many cut it into single chunks."""
+    gold = whole(case, "reference", double=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "PROGRAMS", programs)
+        got = whole(case, "triton")
+    check(case, "triton", got, whole(case, "eager"), gold)
+
+
+@pytest.mark.parametrize("case", FORMS, ids=str)
+def test_forms(case):
+    compare(case)
+
+
+@pytest.mark.parametrize(("case", "programs"), MIXED[:14], ids=str)
+def test_features(case, programs):
+    compare(case, programs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "programs"), ALL, ids=str)
+def test_pairs_of_all_features(case, programs):
+    compare(case, programs)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("direction", ("causal", "symmetric"))
+@pytest.mark.parametrize("delta", (False, True))
+def test_bfloat16(decay, direction, delta):
+    case = Case(decay=decay, delta=delta, direction=direction, B=1, H=1, T=70, widths=(16, 16), dtype=torch.bfloat16)
+    gold, got = whole(case, "reference", double=True), whole(case, "triton")
+    for name, true in gold.items():
+        size = max(true.norm().item(), gold["o"].norm().item() if name == "dlog_decay" else 0.0)  # a head's gate: a sum that cancels
+        error = (got[name].double() - true).norm().item() / size
+        assert error < 8e-3, f"{name}: relative error {error:.2g}"
+
+
+def test_no_tokens():
+    compare(Case(T=0, normalize="sum", decay="channel", direction="source"))
+    compare(Case(T=0, packed=True))
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("delta", (False, True))
+def test_step(decay, delta):
+    case = Case(decay=decay, delta=delta, T=1, groups=2, widths=(20, 40), normalize="sum")
+    tensors, _ = case.inputs()
+    q, k, v, log_decay, beta, kv, z = tensors.values()
+    now = lambda x: x if x is None or x.ndim == 1 else x[:, 0]
+    inputs = (now(q), now(k), now(v), now(log_decay), now(beta), kv, z)
+    form = linattn.ops.form.Form(0.3, True, "target", "sum", 0.1, 0, False)
+    got, wanted = (linattn.ops.backends.BY_NAME[name].step(*inputs, form) for name in ("triton", "eager"))
+    for mine, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_same_bits_twice():
+    case = Case(decay="scalar", direction="source", normalize="sum", T=130, B=1, H=1, widths=(16, 16))
+    a, b = whole(case, "triton"), whole(case, "triton")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_refusals():
+    tensors, options = Case(dtype=torch.float64).inputs()
+    with pytest.raises(ValueError, match="float64"):
+        call(tensors, options, "triton")
+    tensors, options = Case(widths=(300, 4)).inputs()
+    with pytest.raises(ValueError, match="wider than 256"):
+        call(tensors, options, "triton")
