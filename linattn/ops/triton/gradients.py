@@ -105,10 +105,10 @@ def bwd_dkv(
     q, k, v, do, dd, factor, g, states, zs, fades, incoming, incoming_z, cu_seqlens, dg_rows, dwrites, dk, dv, dg,
     scale, N, T, H, G, segments, chunks, rows,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr,
-    DELTA: tl.constexpr, LEAVING_LEFT: tl.constexpr, LEAVING_RIGHT: tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr,
-    REVERSE: tl.constexpr, VARLEN: tl.constexpr, SCANNED: tl.constexpr, WRITES: tl.constexpr,
+    LEAVING_LEFT: tl.constexpr, LEAVING_RIGHT: tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr,
+    VARLEN: tl.constexpr, SCANNED: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks of all sequences, H). DELTA: v is u, whose gradient the walk has made already; dv is left alone."""
+    """Grid (chunks of all sequences, H, dk and dv). DELTA: v is u, whose gradient the walk has made already, and dv is not asked for."""
     at, h = tl.program_id(0), tl.program_id(1)
     n, start, length, c = locate(at, cu_seqlens, N, T, C, VARLEN)
     if c * C >= length:
@@ -116,80 +116,87 @@ def bwd_dkv(
     segment = first_row(n, start, T, chunks * C, VARLEN) + c // chunks
     D: tl.constexpr = 2 if BOTH else 1
     p_row, p_seg, family, seg_family = at * H + h, segment * H + h, rows * H, segments * H
+    dp_row, dp_seg = p_row + D * family, p_seg + D * seg_family
+    dn_row, dn_seg = p_row + 3 * family, p_seg + 3 * seg_family
     first, step, live = tokens(start, length, c, C, REVERSE)
     jk = tl.arange(0, BK)
     b_g = gates(g, first, step, live, H, h, jk, K, DECAY)
     l, L = clock(b_g, LEAVING_LEFT), tl.sum(b_g, 0)
     r = clock(b_g, LEAVING_RIGHT)
     b_k = tile(k, first, step, live, H, h, jk, K)
-    left, right = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
-    crossing = tl.zeros([BK], tl.float32)  # ⟨P, dP⟩ + ⟨N, dN⟩ per channel
-    for iv in range(0, (V + BV - 1) // BV):
-        jv = iv * BV + tl.arange(0, BV)
-        b_v = tile(v, first, step, live, H, h, jv, V)
-        dS = entering(states, fades, incoming, p_row + D * family, p_seg + D * seg_family, jk, jv, K, V, DECAY, SCANNED)
-        left += dot(b_v, tl.trans(dS.to(b_v.dtype)))
-        if not DELTA:
-            dv_acc = read(b_k, dS, L - l, DECAY).to(tl.float32)
-        if DECAY != "none":
-            crossing += tl.sum(dS * entering(states, fades, incoming, p_row, p_seg, jk, jv, K, V, DECAY, SCANNED), 1)
-        if BOTH:
-            dS = entering(states, fades, incoming, p_row + 3 * family, p_seg + 3 * seg_family, jk, jv, K, V, DECAY, SCANNED)
-            right += dot(b_v, tl.trans(dS.to(b_v.dtype)))
-            dv_acc += read(b_k, dS, r, DECAY)
-            if DECAY != "none":
-                S = entering(states, fades, incoming, p_row + family, p_seg + seg_family, jk, jv, K, V, DECAY, SCANNED)
-                crossing += tl.sum(dS * S, 1)
-        if not DELTA:
+    if tl.program_id(2) == 1:
+        for iv in range(0, (V + BV - 1) // BV):
+            jv = iv * BV + tl.arange(0, BV)
+            dS = entering(states, fades, incoming, dp_row, dp_seg, jk, jv, K, V, DECAY, SCANNED)
+            acc = read(b_k, dS, L - l, DECAY).to(tl.float32)
+            if BOTH:
+                dS = entering(states, fades, incoming, dn_row, dn_seg, jk, jv, K, V, DECAY, SCANNED)
+                acc += read(b_k, dS, r, DECAY)
             for head in range(0, G):
                 b_q = tile(q, first, step, live, H * G, h * G + head, jk, K)
                 dn = gradient(do, factor, scale, first, step, live, H * G, h * G + head, jv, V, NORMALIZE)
                 P = scores(b_k, b_q, l, OWN, False, DECAY)
                 if BOTH:
                     P += scores(b_k, b_q, r, 0.0, True, DECAY)
-                dv_acc += dot(P.to(dn.dtype), dn)
+                acc += dot(P.to(dn.dtype), dn)
             if WRITES:
-                dv_acc += tile(dwrites, first, step, live, H, h, jv, V)
-            put(dv, dv_acc, first, step, live, H, h, jv, V)
-    if NORMALIZE:
-        dz = entering_z(zs, fades, incoming_z, p_row + D * family, p_seg + D * seg_family, jk, K, DECAY, SCANNED)
-        left += tl.where(live, 1.0, 0.0)[:, None] * dz[None, :]
-        if DECAY != "none":
-            crossing += dz * entering_z(zs, fades, incoming_z, p_row, p_seg, jk, K, DECAY, SCANNED)
-        if BOTH:
-            dz = entering_z(zs, fades, incoming_z, p_row + 3 * family, p_seg + 3 * seg_family, jk, K, DECAY, SCANNED)
-            right += tl.where(live, 1.0, 0.0)[:, None] * dz[None, :]
-            if DECAY != "none":
-                crossing += dz * entering_z(zs, fades, incoming_z, p_row + family, p_seg + seg_family, jk, K, DECAY, SCANNED)
-    left = faded(left, L - l, DECAY)
-    if DECAY == "channel":
-        b_dg = tl.sum(b_k * left, 0)[None, :] + tl.where(live, 1.0, 0.0)[:, None] * carried_z(crossing, L, DECAY)[None, :]
-    elif DECAY != "none":
-        b_dg = tl.sum(tl.sum(b_k * left, 1), 0) + tl.where(live, 1.0, 0.0) * (tl.sum(crossing, 0) * tl.exp2(L))
-    if BOTH:
-        right = faded(right, r, DECAY)
-    for head in range(0, G):
-        b_q = tile(q, first, step, live, H * G, h * G + head, jk, K)
-        dP = tl.zeros([C, C], tl.float32)
+                acc += tile(dwrites, first, step, live, H, h, jv, V)
+            put(dv, acc, first, step, live, H, h, jv, V)
+    else:
+        left, right = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+        crossing = tl.zeros([BK], tl.float32)  # ⟨P, dP⟩ + ⟨N, dN⟩ per channel
         for iv in range(0, (V + BV - 1) // BV):
             jv = iv * BV + tl.arange(0, BV)
-            dn = gradient(do, factor, scale, first, step, live, H * G, h * G + head, jv, V, NORMALIZE)
-            dP += dot(tile(v, first, step, live, H, h, jv, V), tl.trans(dn))
+            b_v = tile(v, first, step, live, H, h, jv, V)
+            dS = entering(states, fades, incoming, dp_row, dp_seg, jk, jv, K, V, DECAY, SCANNED)
+            left += dot(b_v, tl.trans(dS.to(b_v.dtype)))
+            if DECAY != "none":
+                crossing += tl.sum(dS * entering(states, fades, incoming, p_row, p_seg, jk, jv, K, V, DECAY, SCANNED), 1)
+            if BOTH:
+                dS = entering(states, fades, incoming, dn_row, dn_seg, jk, jv, K, V, DECAY, SCANNED)
+                right += dot(b_v, tl.trans(dS.to(b_v.dtype)))
+                if DECAY != "none":
+                    S = entering(states, fades, incoming, p_row + family, p_seg + seg_family, jk, jv, K, V, DECAY, SCANNED)
+                    crossing += tl.sum(dS * S, 1)
         if NORMALIZE:
-            dP += column(dd, first, step, live, H * G, h * G + head)[None, :]
-        left += spread(dP, b_q, l, OWN, False, DECAY)
+            dz = entering_z(zs, fades, incoming_z, dp_row, dp_seg, jk, K, DECAY, SCANNED)
+            left += tl.where(live, 1.0, 0.0)[:, None] * dz[None, :]
+            if DECAY != "none":
+                crossing += dz * entering_z(zs, fades, incoming_z, p_row, p_seg, jk, K, DECAY, SCANNED)
+            if BOTH:
+                dz = entering_z(zs, fades, incoming_z, dn_row, dn_seg, jk, K, DECAY, SCANNED)
+                right += tl.where(live, 1.0, 0.0)[:, None] * dz[None, :]
+                if DECAY != "none":
+                    crossing += dz * entering_z(zs, fades, incoming_z, p_row + family, p_seg + seg_family, jk, K, DECAY, SCANNED)
+        left = faded(left, L - l, DECAY)
+        if DECAY == "channel":
+            b_dg = tl.sum(b_k * left, 0)[None, :] + tl.where(live, 1.0, 0.0)[:, None] * carried_z(crossing, L, DECAY)[None, :]
+        elif DECAY != "none":
+            b_dg = tl.sum(tl.sum(b_k * left, 1), 0) + tl.where(live, 1.0, 0.0) * (tl.sum(crossing, 0) * tl.exp2(L))
         if BOTH:
-            right += spread(dP, b_q, r, 0.0, True, DECAY)
+            right = faded(right, r, DECAY)
+        for head in range(0, G):
+            b_q = tile(q, first, step, live, H * G, h * G + head, jk, K)
+            dP = tl.zeros([C, C], tl.float32)
+            for iv in range(0, (V + BV - 1) // BV):
+                jv = iv * BV + tl.arange(0, BV)
+                dn = gradient(do, factor, scale, first, step, live, H * G, h * G + head, jv, V, NORMALIZE)
+                dP += dot(tile(v, first, step, live, H, h, jv, V), tl.trans(dn))
+            if NORMALIZE:
+                dP += column(dd, first, step, live, H * G, h * G + head)[None, :]
+            left += spread(dP, b_q, l, OWN, False, DECAY)
+            if BOTH:
+                right += spread(dP, b_q, r, 0.0, True, DECAY)
+            if DECAY != "none":
+                b_dg += _load_gates(dg_rows, first, step, live, H * G, h * G + head, jk, K, DECAY)
         if DECAY != "none":
-            b_dg += _load_gates(dg_rows, first, step, live, H * G, h * G + head, jk, K, DECAY)
-    if DECAY != "none":
-        b_dg -= unclock(_per_gate(b_k * left, DECAY), LEAVING_LEFT)
+            b_dg -= unclock(_per_gate(b_k * left, DECAY), LEAVING_LEFT)
+            if BOTH:
+                b_dg += unclock(_per_gate(b_k * right, DECAY), LEAVING_RIGHT)
+            _put_gates(dg, b_dg, first, step, live, H, h, jk, K, DECAY)
         if BOTH:
-            b_dg += unclock(_per_gate(b_k * right, DECAY), LEAVING_RIGHT)
-        _put_gates(dg, b_dg, first, step, live, H, h, jk, K, DECAY)
-    if BOTH:
-        left += right
-    put(dk, left, first, step, live, H, h, jk, K)
+            left += right
+        put(dk, left, first, step, live, H, h, jk, K)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -168,9 +168,9 @@ class _Pass:
             self.q, self.k, v, do, dd, factor, self.gate, *entered, dq, dg_rows, *sizes, **self.full("bwd_dq")
         )
         dk_others = self.new(*dk.shape) if delta else dk
-        bwd_dkv[(self.rows(self.C), H)](
+        bwd_dkv[(self.rows(self.C), H, 1 if delta else 2)](
             self.q, self.k, v, do, dd, factor, self.gate, *entered, dg_rows, dwrites, dk_others, dv, dg, *sizes,
-            DELTA=delta, WRITES=dwrites is not None, **self.full("bwd_dkv"),
+            WRITES=dwrites is not None, **self.full("bwd_dkv"),
         )  # fmt: skip
         dbeta = None
         if delta:
