@@ -1,20 +1,53 @@
-"""Chunk and tile sizes of the Triton kernels: one literal table per architecture, no search."""
+"""Chunk and tile sizes of the Triton kernels: one literal table per architecture, no search. `python -m bench kernels` checks every row."""
 
 from typing import NamedTuple
 
 MAX_WIDTH = 256
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+PROGRAMS = 528  # two waves of two programs on each of 132 multiprocessors
 
 
 class Tile(NamedTuple):
-    C: int  # tokens per chunk
+    C: int  # tokens per chunk; all kernels of a forward share it, and all of a backward
     BV: int  # columns of V per program, or per turn of a loop over V
     warps: int
     stages: int
 
 
-def pick(arch: str, kernel: str, K: int, V: int, size: int, heavy: bool) -> Tile:
-    return Tile(32 if heavy else 64, min(64, power_of_two(V)), 4, 2)
+# What a row is for. one: a decay that is one number per token, causal. both: the same from both sides. channel: a decay per channel.
+KINDS = ("one", "both", "channel", "delta")
+KERNELS = ("state", "output", "bwd_state", "bwd_dq", "bwd_dkv")  # others follow: scan and wy as state, wy_backward as bwd_dq
+WIDTHS = (64, 128, 256, 512)  # the larger of K and V, in a 2-byte dtype; float32 takes the row of twice its width
+
+#            width   state           output          bwd_state       bwd_dq          bwd_dkv
+HOPPER = {
+    ("one", 64): ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    ("one", 128): ((64, 64, 4, 2), (64, 32, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+    ("one", 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("one", 512): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    ("both", 64): ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+    ("both", 128): ((64, 64, 8, 2), (64, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+    ("both", 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("both", 512): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    ("channel", 64): ((16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2)),
+    ("channel", 128): ((16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
+    ("channel", 256): ((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    ("channel", 512): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    ("delta", 64): ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
+    ("delta", 128): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("delta", 256): ((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    ("delta", 512): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+}
+INTERPRETER = {(kind, width): ((32 if kind == "delta" else 64, 32, 1, 1),) * len(KERNELS) for kind in KINDS for width in WIDTHS}
+TABLE = {"sm_80": HOPPER, "sm_90": HOPPER, "sm_100": HOPPER, "gfx942": HOPPER, "interpreter": INTERPRETER}
+ARCHITECTURES = tuple(name for name in TABLE if name != "interpreter")
+
+
+def pick(arch: str, kernel: str, kind: str, K: int, V: int, size: int) -> Tile:
+    """The row for heads of K and V in a dtype of `size` bytes."""
+    wanted = max(power_of_two(K), power_of_two(V)) * max(size, 2) // 2
+    width = next(width for width in WIDTHS if width >= wanted)
+    C, BV, warps, stages = TABLE[arch][kind, width][KERNELS.index(kernel)]
+    return Tile(C, min(BV, power_of_two(V)), warps, stages)
 
 
 def power_of_two(n: int) -> int:
@@ -22,11 +55,11 @@ def power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-PROGRAMS = 528  # two waves of two programs on each of 132 multiprocessors
-
-
 def chunks_per_segment(T: int, C: int, programs: int) -> int:
-    """How many chunks a segment holds so that `programs` segments-in-parallel fill the chip; from shapes alone, so results do not vary."""
+    """How many chunks a segment holds, so that segments on top of the `programs` there are anyway fill the chip.
+
+    From shapes alone, so results do not vary from run to run.
+    """
     chunks = max(1, -(-T // C))
     segments = min(chunks, max(1, -(-PROGRAMS // max(1, programs))))
     return -(-chunks // segments)

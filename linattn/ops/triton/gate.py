@@ -86,6 +86,18 @@ def read(x, S, e, DECAY: tl.constexpr):
 
 
 @triton.jit
+def read_z(x, z, e, DECAY: tl.constexpr):
+    """(x ⊙ 2^e) z: what rows x [C K] read of the normaliser."""
+    if DECAY == "channel":
+        y = tl.sum(faded(x, e, DECAY) * z[None, :], 1)
+    else:
+        y = tl.sum(x * z[None, :], 1)
+        if DECAY != "none":
+            y *= tl.exp2(e)
+    return y
+
+
+@triton.jit
 def written(x, y, e, DECAY: tl.constexpr):
     """(x ⊙ 2^e)ᵀ y: what rows x [C K] and y [C V] leave in the state. The rows of y are faded where they can be: x then stays as loaded."""
     if DECAY == "channel":

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..form import KINDS, Form, boundary_rows
-from ..tiles import chunks_per_segment, pick, power_of_two
+from ..tiles import Tile, chunks_per_segment, pick, power_of_two
 from . import architecture
 from .gradients import bwd_dkv, bwd_dq, row_factors
 from .delta import wy, wy_backward
@@ -40,11 +40,15 @@ class _Pass:
         """Blocks of `span` tokens, see layout.py."""
         return self.T // span + self.N if self.cu_seqlens is not None else self.N * -(-self.T // span)
 
-    def tile(self, kernel: str):
-        tile = pick(architecture(), kernel, self.K, self.V, self.k.element_size(), self.decay == "channel" or self.beta is not None)
-        if self.form.stride % tile.C:
-            tile = tile._replace(C=16)
-        return tile
+    def tile(self, kernel: str) -> Tile:
+        if self.beta is not None:
+            kind = "delta"
+        elif self.decay == "channel":
+            kind = "channel"
+        else:
+            kind = "both" if self.D == 2 else "one"
+        tile = pick(architecture(), kernel, kind, self.K, self.V, self.k.element_size())
+        return tile._replace(C=16) if self.form.stride % tile.C else tile  # a record falls on the start of a chunk
 
     def cut(self, kernel: str) -> None:
         """Cut the sequences into chunks and segments for the kernels that go with `kernel`."""
@@ -80,12 +84,12 @@ class _Pass:
             return self.none
         return self.new(self.tokens, heads, *([self.K] if self.decay == "channel" else []))
 
-    def solve(self) -> tuple[Tensor, Tensor]:
+    def solve(self, kernel: str) -> tuple[Tensor, Tensor]:
         """w and ũ of the delta rule."""
         w, u = torch.empty_like(self.k), torch.empty_like(self.v)
         wy[(self.rows(self.C), self.H)](
             self.k, self.v, self.gate, self.beta, self.cu_seqlens, w, u, self.N, self.T, self.H,
-            LEAVING=self.leave[0], REVERSE=self.side == 1, **self.options("wy"),
+            LEAVING=self.leave[0], REVERSE=self.side == 1, **self.options(kernel),
         )  # fmt: skip
         return w, u
 
@@ -120,7 +124,7 @@ class _Pass:
         if not self.scanned:
             return (states, zs, fades, kv, z), (parts, parts_z)
         last, last_z = self.new(families, self.N, H, K, V), self.new(families, self.N, H, K)
-        options = self.options("scan", BOTH=D == 2, NORMALIZE=self.normal)
+        options = self.options(kernel, BOTH=D == 2, NORMALIZE=self.normal)
         seg_scan[(families, self.N * H, -(-V // options["BV"]))](
             parts, parts_z, totals, kv, z, dkv if grad else kv, dz if grad else z, last, last_z,
             self.cu_seqlens, self.N, self.T, H, self.segments, self.chunks, **options,
@@ -132,7 +136,7 @@ class _Pass:
         form, H, K, V, delta = self.form, self.H, self.K, self.V, self.beta is not None
         B = 1 if self.cu_seqlens is not None else self.N
         self.cut("output")
-        w, v = self.solve() if delta else (None, self.v)
+        w, v = self.solve("state") if delta else (None, self.v)
         (states, zs, fades, incoming, incoming_z), (last, last_z) = self.states(kv, z)
         o, d = self.new(B, self.T, H * self.G, V, dtype=dtype), self.new(B, self.T, H * self.G if self.normal else 0)
         rows = boundary_rows(self.T, self.N if self.cu_seqlens is not None else 1, form.stride)
@@ -155,7 +159,7 @@ class _Pass:
         self.cut("bwd_state")
         w = u = du = None
         if delta:
-            w, u = self.solve()
+            w, u = self.solve("bwd_state")
             du = torch.empty_like(self.v)
         gradients = (do, dd, factor, dbkv, dbz, dwrites)
         (states, zs, fades, incoming, incoming_z), (last, last_z) = self.states(kv, z, dkv, dz, gradients, w, u, du)
@@ -177,7 +181,7 @@ class _Pass:
             dbeta = torch.empty_like(self.beta)
             wy_backward[(self.rows(self.C), H)](
                 self.k, self.v, self.gate, self.beta, u, du, states, self.cu_seqlens, dk_others, dk, dv, dg, dbeta, self.N, self.T, H,
-                LEAVING=self.leave[0], REVERSE=self.side == 1, **self.options("wy_backward"),
+                LEAVING=self.leave[0], REVERSE=self.side == 1, **self.options("bwd_dq"),
             )  # fmt: skip
         return dq, dk, dv, None if self.g is None else dg, dbeta, last[D:], last_z[D:]
 
@@ -212,7 +216,7 @@ class _NoDecay(_Pass):
         self.cut("state")
         whole, whole_z, last, last_z = self.sums("state", kv, z)
         o, d = self.new(B, self.T, heads, self.V, dtype=dtype), self.new(B, self.T, heads if self.normal else 0)
-        options = self.options("nodecay_out", NORMALIZE=self.normal, DIVIDE=divide)
+        options = self.options("output", NORMALIZE=self.normal, DIVIDE=divide)
         nodecay_out[(self.rows(options["C"]), heads)](
             self.q, whole, whole_z, self.cu_seqlens, o, d, self.form.scale, self.form.eps, self.N, self.T, self.H, self.G, **options
         )
@@ -222,7 +226,7 @@ class _NoDecay(_Pass):
         self.cut("bwd_state")
         whole, whole_z, last, last_z = self.sums("bwd_state", kv, z, dkv, dz, do, dd, factor)
         dq, dk, dv = (torch.empty_like(x) for x in (self.q, self.k, self.v))
-        options = self.options("nodecay_bwd", NORMALIZE=self.normal, WRITES=dwrites is not None)
+        options = self.options("bwd_dq", NORMALIZE=self.normal, WRITES=dwrites is not None)
         nodecay_bwd[(self.rows(options["C"]), self.H * (self.G + 1))](
             self.k, self.v, do, dd, factor, whole, whole_z, self.cu_seqlens, dwrites, dq, dk, dv,
             self.form.scale, self.N, self.T, self.H, self.G, **options,
@@ -318,9 +322,10 @@ def step(q, k, v, log_decay, beta, kv, z, form: Form):
         decay = "channel"
     else:
         decay = "head" if log_decay.ndim == 1 else "scalar"
-    tile = pick(architecture(), "step", K, V, q.element_size(), False)
-    one_token[(-(-V // tile.BV), B * H)](
+    BK = power_of_two(K)
+    BV = min(power_of_two(V), max(16, 4096 // BK))  # 32 numbers of the state per thread
+    one_token[(-(-V // BV), B * H)](
         q, k, v, log_decay, beta, kv, z, o, new_kv, new_z, form.scale, form.eps, H, G,
-        K=K, V=V, BK=power_of_two(K), BV=tile.BV, DECAY=decay, DELTA=beta is not None, DIVIDE=form.normalize, num_warps=tile.warps,
+        K=K, V=V, BK=BK, BV=BV, DECAY=decay, DELTA=beta is not None, DIVIDE=form.normalize, num_warps=4,
     )  # fmt: skip
     return o, new_kv, new_z

@@ -6,7 +6,7 @@ The state from the left is carried in registers; bidirectional calls read the on
 import triton
 import triton.language as tl
 
-from .gate import carried, carried_z, clock, dot, faded, gates, read, scores, written
+from .gate import carried, carried_z, clock, dot, faded, gates, read, read_z, scores, written
 from .layout import first_row, locate, matrix, put, put_column, put_matrix, put_vector, tile, tokens, vector
 from .state import entering, entering_z
 
@@ -63,10 +63,10 @@ def output(
             out += read(b_q, entering(states, fades, incoming, row, right_row, jk, jv, K, V, DECAY, SCANNED), L - r, DECAY)
         out = (out + dot(P.to(b_u.dtype), b_u)) * scale
         if NORMALIZE:
-            rows = tl.sum(P, 1) + tl.sum(faded(b_q, l, DECAY) * z[None, :], 1)
+            rows = tl.sum(P, 1) + read_z(b_q, z, l, DECAY)
             if BOTH:
                 z_right = entering_z(zs, fades, incoming_z, row, right_row, jk, K, DECAY, SCANNED)
-                rows += tl.sum(faded(b_q, L - r, DECAY) * z_right[None, :], 1)
+                rows += read_z(b_q, z_right, L - r, DECAY)
             rows *= scale
             put_column(d, rows, first, step, live & (iv == 0), H * G, hq)
             z = carried_z(z, L, DECAY) + tl.sum(faded(b_k, L - l, DECAY).to(tl.float32), 0)
