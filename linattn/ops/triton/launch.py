@@ -117,7 +117,7 @@ class _Pass:
         if families > family:
             grid = ((families - family) * -(-V // options["BV"]), self.segments * H)
             seg_state[grid](
-                self.q, self.k, u if w is not None else self.v, do, w, u, du, dwrites, dd, factor, self.gate, kv, z, dkv, dz, dbkv, dbz,
+                self.q if grad else None, self.k, u if w is not None else self.v, do, w, u, du, dwrites, dd, factor, self.gate, kv, z, dkv, dz, dbkv, dbz,
                 self.cu_seqlens, states, zs, fades, parts, parts_z, totals,
                 self.form.scale, self.N, self.T, H, self.G, family, self.segments, self.chunks, max(1, self.form.stride // self.C), **options,
             )  # fmt: skip
@@ -200,7 +200,7 @@ class _NoDecay(_Pass):
         options = self.full(kernel, GRAD=grad, DELTA=False, KEEP=False, RECORD=False, WRITES=False, PIPE=self.tile(kernel).stages, SCANNED=True)
         tiles = -(-V // options["BV"])
         seg_state[(families * tiles, self.segments * H)](
-            self.q, self.k, self.v, do, None, None, None, None, dd, factor, none, kv, z, dkv, dz, None, None, self.cu_seqlens, parts, parts_z,
+            self.q if grad else None, self.k, self.v, do, None, None, None, None, dd, factor, none, kv, z, dkv, dz, None, None, self.cu_seqlens, parts, parts_z,
             none, parts, parts_z, none, self.form.scale, self.N, self.T, H, self.G, 0, self.segments, self.chunks, 1, **options,
         )  # fmt: skip
         whole, whole_z = self.new(families, self.N, H, K, V, dtype=self.k.dtype), self.new(families, self.N, H, K)

@@ -1,0 +1,252 @@
+"""The Triton kernels compiled ahead of time, without a GPU: every row of the tiles table, and what the assembler says of it.
+
+A call on tensors without memory ("meta") gives the list of launches; each is compiled for its target. Read back are registers, spills, shared
+memory, matrix instructions, asynchronous copies and traps, and bytes and FLOPs per token and head are counted from the launches.
+"""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from linattn.ops.tiles import ARCHITECTURES, WIDTHS
+
+SPILLS = 16  # bytes of spill stores that are tolerated
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+MATRIX = {"sm_80": r"\bmma\.sync", "sm_90": r"\bwgmma\.mma_async|\bmma\.sync", "sm_100": r"\btcgen05\.mma|\bmma\.sync", "gfx942": r"\bv_mfma"}
+WITHOUT_MATRIX = ("seg_scan", "seg_sum", "row_factors", "step")
+FORMS = {  # name → decay, delta, causal, normalize: the heaviest call of each kind of row, and the ones without decay
+    "scalar": ("scalar", False, True, "none"),
+    "bidirectional": ("scalar", False, False, "sum"),
+    "nodecay": ("none", False, False, "sum"),
+    "channel": ("channel", False, True, "none"),
+    "channel bidirectional": ("channel", False, False, "none"),
+    "delta": ("scalar", True, True, "none"),
+    "channel delta": ("channel", True, True, "none"),
+}
+T, H = 32768, 16
+# Bytes per token and head, (forward, backward): what the design moves, the states of segments included, and a few percent.
+BUDGET = {
+    ("scalar", 64): (860, 2830), ("scalar", 128): (1700, 6900),
+    ("bidirectional", 64): (1190, 3950), ("bidirectional", 128): (2830, 10500),
+    ("nodecay", 64): (580, 1700), ("nodecay", 128): (1150, 3400),
+}  # fmt: skip
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
+READ = {"bwd_dq": 1 / 2}  # the share of the stored states that a kernel needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    kernel: object  # triton.JITFunction
+    arguments: dict
+    options: dict
+    grid: tuple[int, ...]
+    backward: bool
+
+    @property
+    def bytes(self) -> int:
+        """Of every tensor once: what is read again comes from the cache."""
+        seen = {}
+        for name, x in self.arguments.items():
+            if isinstance(x, torch.Tensor) and x.numel() * x.element_size() >= T * H:  # per token, not per sequence
+                share = READ.get(self.kernel.__name__, 1) if name == "states" else 1
+                seen[id(x)] = int(share * x.numel() * x.element_size())
+        return sum(seen.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    arch: str
+    form: str
+    width: int
+    kernel: str
+    backward: bool
+    tile: str
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    matrix: int = 0
+    copies: int = 0
+    traps: int = 0
+    per_sm: int = 0  # programs on one multiprocessor
+    bytes: float = 0.0  # per token and head
+    assembler: str = ""
+    error: str = ""
+    faults: tuple[str, ...] = field(default=())
+
+
+def launches(form: str, width: int, arch: str) -> list[Launch]:
+    """What one forward and backward of `form` would launch on `arch`."""
+    from triton.runtime.jit import JITFunction
+
+    from linattn.ops import triton as backend
+    from linattn.ops.form import Form
+    from linattn.ops.triton import launch
+
+    decay, delta, causal, normalize = FORMS[form]
+    meta = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")
+    q, k, v, do = (meta(1, T, H, width, dtype=torch.bfloat16) for _ in range(4))
+    log_decay = {"none": None, "scalar": meta(1, T, H), "channel": meta(1, T, H, width)}[decay]
+    sides = 1 if causal else 2
+    inputs = (q, k, v, log_decay, meta(1, T, H) if delta else None, meta(sides, 1, H, width, width), meta(sides, 1, H, width), None)
+    options = Form(width**-0.5, causal, "target", normalize, 1e-6, 0, False)
+    found: list[Launch] = []
+    backward = False
+
+    def note(kernel, *values, grid, warmup, **named):
+        arguments = dict(zip(kernel.arg_names, values, strict=False)) | {n: x for n, x in named.items() if n in kernel.arg_names}
+        rest = {n: x for n, x in named.items() if n not in kernel.arg_names}
+        found.append(Launch(kernel=kernel, arguments=arguments, options=rest, grid=grid, backward=backward))
+
+    with _replaced(JITFunction, "run", note), _replaced(launch, "architecture", lambda: arch):
+        o, _, _, d, *_ = backend.forward(*inputs, options)
+        backward = True
+        backend.backward(do, *inputs[5:7], None, None, None, *inputs, o, d, options)
+    return found
+
+
+@contextlib.contextmanager
+def _replaced(owner, name, value):
+    kept = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, kept)
+
+
+def compiled(launch: Launch, arch: str):
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        x = launch.arguments[parameter.name]
+        if parameter.is_constexpr or x is None:
+            signature[parameter.name], constants[i,] = "constexpr", x
+        elif isinstance(x, torch.Tensor):
+            signature[parameter.name], attributes[i,] = TYPES[x.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(x, float) else "i32"
+    target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=launch.options)
+
+
+def assemblers(arch: str) -> list[Path | None]:
+    """The assemblers that Triton ships for `arch`; its own choice first."""
+    import triton
+
+    if arch.startswith("gfx"):
+        return [None]
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    names = ("ptxas-blackwell", "ptxas") if arch == "sm_100" else ("ptxas", "ptxas-blackwell")
+    present = [folder / name for name in names if (folder / name).exists()]
+    return present[:1] if arch == "sm_100" else present
+
+
+def examine(launch: Launch, arch: str, form: str, width: int) -> Iterator[Row]:
+    """One row per assembler."""
+    options = launch.options
+    tile = f"C{launch.arguments.get('C', '-')} BV{launch.arguments['BV']} w{options.get('num_warps', 4)} s{options.get('num_stages', '-')}"
+    facts = {"arch": arch, "form": form, "width": width, "kernel": launch.kernel.__name__, "backward": launch.backward, "tile": tile}
+    facts["bytes"] = round(launch.bytes / (T * H), 1)
+    try:
+        binary = compiled(launch, arch)
+    except Exception as error:  # whatever the compiler raises is this row's finding
+        yield Row(**facts, error=f"{type(error).__name__}: {str(error)[-200:]}", faults=("does not compile",))
+        return
+    text = binary.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
+    warps = options.get("num_warps", 4)
+    facts |= {"shared": binary.metadata.shared, "matrix": len(re.findall(MATRIX[arch], text)), "traps": len(re.findall(r"\btrap;", text))}
+    facts["copies"] = len(re.findall(r"cp\.async\.c[ag]|cp\.async\.bulk|global_load_lds|buffer_load\w* .* lds", text))
+    for assembler in assemblers(arch):
+        registers, spills, error = _amd(text) if assembler is None else _assemble(assembler, text)
+        found = facts | {"registers": registers, "spills": spills, "error": error, "assembler": assembler.name if assembler else "llvm"}
+        if not arch.startswith("gfx"):
+            by_registers = 65536 // max(1, (registers + 7) // 8 * 8 * warps * 32)
+            by_shared = (SHARED[arch] + 1024) // (found["shared"] + 1024)
+            found["per_sm"] = min(by_registers, by_shared, 64 // warps)
+        yield Row(**found, faults=tuple(_faults(found)))
+
+
+def _assemble(assembler: Path, ptx: str) -> tuple[int, int, str]:
+    target = re.search(r"\.target (\w+)", ptx)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [assembler, "-v", f"--gpu-name={target}", source, "-o", Path(folder, "kernel.cubin")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    registers, spills = re.search(r"Used (\d+) registers", done.stderr), re.search(r"(\d+) bytes spill stores", done.stderr)
+    if done.returncode or not registers or not spills:
+        return 0, 0, done.stderr.strip()[-200:]
+    return int(registers[1]), int(spills[1]), ""
+
+
+def _amd(text: str) -> tuple[int, int, str]:
+    number = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+    return number("vgpr_count") + number("agpr_count"), 4 * number("vgpr_spill_count"), ""
+
+
+def _faults(row: dict) -> Iterator[str]:
+    if row["error"]:
+        yield "does not assemble"
+    if row["spills"] > SPILLS:
+        yield f"spills {row['spills']} B"
+    if row["traps"]:
+        yield "trap"
+    if row["shared"] > SHARED[row["arch"]]:
+        yield f"shared memory {row['shared']} B"
+    if not row["matrix"] and row["kernel"] not in WITHOUT_MATRIX:
+        yield "no matrix instruction"
+    if row["registers"] <= 16 and row["kernel"] not in WITHOUT_MATRIX:
+        yield "too few registers to be the kernel"
+
+
+def totals(arch: str, form: str, width: int) -> tuple[float, float, list[str]]:
+    """Bytes per token and head of the forward and the backward, and what is over budget."""
+    found = launches(form, width, arch)
+    moved = [sum(x.bytes for x in found if x.backward is backward) / (T * H) for backward in (False, True)]
+    allowed = BUDGET.get((form, width), (float("inf"),) * 2)
+    over = [f"{form} {width} {name}: {a:.0f} bytes per token and head > {b}" for name, a, b in zip(("forward", "backward"), moved, allowed, strict=True) if a > b]
+    return *moved, over
+
+
+def run(archs=ARCHITECTURES, widths=WIDTHS[:3], forms=tuple(FORMS), told=lambda row: None) -> tuple[list[Row], list[str]]:
+    """All rows, and all faults in words."""
+    rows, faults, seen = [], [], set()
+    for arch in archs:
+        for width in widths:
+            for form in forms:
+                for launch in launches(form, width, arch):
+                    key = (arch, width, form, launch.kernel.__name__, str(sorted(launch.options.items())), launch.arguments.get("GRAD"))
+                    if key in seen:
+                        continue
+                    seen.add(key)
+                    for row in examine(launch, arch, form, width):
+                        rows.append(row)
+                        faults += [f"{arch} {form} {width} {row.kernel} ({row.assembler}): {fault}" for fault in row.faults]
+                        told(row)
+                faults += [f"{arch} {text}" for text in totals(arch, form, width)[2]]
+    return rows, faults
+
+
+def markdown(rows: list[Row], faults: list[str]) -> str:
+    """The table that is committed."""
+    names = ("arch", "form", "width", "kernel", "tile", "assembler", "registers", "spills", "shared", "per_sm", "matrix", "copies", "bytes")
+    lines = ["| " + " | ".join((*names, "verdict")) + " |", "|" + "---|" * (len(names) + 1)]
+    for row in rows:
+        kernel = row.kernel + (" (backward)" if row.backward and not row.kernel.startswith("bwd") else "")
+        cells = asdict(row) | {"kernel": kernel}
+        lines.append("| " + " | ".join([*(str(cells[name]) for name in names), "; ".join(row.faults) or "pass"]) + " |")
+    moved = ["", "| form | width | forward, bytes per token and head | backward |", "|---|---|---|---|"]
+    for form, width in dict.fromkeys((row.form, row.width) for row in rows):
+        forward, backward, _ = totals(rows[0].arch, form, width)
+        moved.append(f"| {form} | {width} | {forward:.0f} | {backward:.0f} |")
+    ending = ["", f"{len(faults)} faults"] + [f"- {fault}" for fault in faults]
+    return "\n".join(["# Triton kernels, ahead of time", "", *lines, *moved, *ending, ""])
