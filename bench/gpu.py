@@ -1,7 +1,7 @@
-"""The operator on a GPU: every form correct first, then timed beside fla, softmax attention, its flipped-twice form and a copy of its bytes.
+"""The operator on a GPU: every form correct first, then timed beside fla, softmax attention, its flipped twin and a copy of its bytes.
 
-`python -m bench.gpu` needs torch, Triton and linattn alone. Inputs rotate, the second-level cache is flushed before every call, times are
-medians of CUDA events, and what fails its check is not timed. What cannot run (no fla, a shape a peer refuses) is a row that says why.
+`python -m bench.gpu` needs torch, Triton and linattn alone. Inputs rotate, the second-level cache is flushed before every call, times
+are medians of CUDA events, and what fails its check is not timed. What cannot run (no fla, a shape a peer refuses) is a row that says why.
 """
 
 import argparse
@@ -234,7 +234,8 @@ def first_calls() -> dict[str, float]:
     """Seconds of a process's first forward and backward: with an empty cache of kernels, and with a full one."""
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(machine.ROOT)}
-        once = lambda: float(subprocess.run([sys.executable, "-c", FIRST], env=environment, capture_output=True, text=True, check=True).stdout)
+        command = [sys.executable, "-c", FIRST]
+        once = lambda: float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
         return {"cold": once(), "warm": once()}
 
 

@@ -1,7 +1,7 @@
 """The Triton kernels compiled ahead of time, without a GPU: every row of the tiles table, and what the assembler says of it.
 
-A call on tensors without memory ("meta") gives the list of launches; each is compiled for its target. Read back are registers, spills, shared
-memory, matrix instructions, asynchronous copies and traps, and bytes and FLOPs per token and head are counted from the launches.
+A call on tensors without memory ("meta") gives the list of launches; each is compiled for its target. Read back are registers, spills,
+shared memory, matrix instructions, asynchronous copies and traps, and bytes and FLOPs per token and head are counted from the launches.
 """
 
 import contextlib
@@ -18,7 +18,12 @@ from linattn.ops.tiles import ARCHITECTURES, WIDTHS
 
 SPILLS = 16  # bytes of spill stores that are tolerated
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-MATRIX = {"sm_80": r"\bmma\.sync", "sm_90": r"\bwgmma\.mma_async|\bmma\.sync", "sm_100": r"\btcgen05\.mma|\bmma\.sync", "gfx942": r"\bv_mfma"}
+MATRIX = {
+    "sm_80": r"\bmma\.sync",
+    "sm_90": r"\bwgmma\.mma_async|\bmma\.sync",
+    "sm_100": r"\btcgen05\.mma|\bmma\.sync",
+    "gfx942": r"\bv_mfma",
+}
 WITHOUT_MATRIX = ("seg_scan", "seg_sum", "row_factors", "step")
 FORMS = {  # name → decay, delta, causal, normalize: the heaviest call of each kind of row, and the ones without decay
     "scalar": ("scalar", False, True, "none"),
@@ -86,7 +91,7 @@ def launches(form: str, width: int, arch: str) -> list[Launch]:
 
     from linattn.ops import triton as backend
     from linattn.ops.form import Form
-    from linattn.ops.triton import launch
+    from linattn.ops.triton import passes
 
     decay, delta, causal, normalize = FORMS[form]
     meta = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")
@@ -103,7 +108,7 @@ def launches(form: str, width: int, arch: str) -> list[Launch]:
         rest = {n: x for n, x in named.items() if n not in kernel.arg_names}
         found.append(Launch(kernel=kernel, arguments=arguments, options=rest, grid=grid, backward=backward))
 
-    with _replaced(JITFunction, "run", note), _replaced(launch, "architecture", lambda: arch):
+    with _replaced(JITFunction, "run", note), _replaced(passes, "architecture", lambda: arch):
         o, _, _, d, *_ = backend.forward(*inputs, options)
         backward = True
         backend.backward(do, *inputs[5:7], None, None, None, *inputs, o, d, options)
@@ -213,7 +218,8 @@ def totals(arch: str, form: str, width: int) -> tuple[float, float, list[str]]:
     found = launches(form, width, arch)
     moved = [sum(x.bytes for x in found if x.backward is backward) / (T * H) for backward in (False, True)]
     allowed = BUDGET.get((form, width), (float("inf"),) * 2)
-    over = [f"{form} {width} {name}: {a:.0f} bytes per token and head > {b}" for name, a, b in zip(("forward", "backward"), moved, allowed, strict=True) if a > b]
+    sides = zip(("forward", "backward"), moved, allowed, strict=True)
+    over = [f"{form} {width} {name}: {a:.0f} bytes per token and head > {b}" for name, a, b in sides if a > b]
     return *moved, over
 
 

@@ -33,11 +33,12 @@ def retention_gate():
     return torch.log(1 - 2.0 ** (-5 - torch.arange(H)))
 
 
+NORMALIZED = {"normalize": True, "eps": 1e-10}
 CASES = {
     "simple_gla": (lambda q, k, v, g, b: chunk_simple_gla(q, k, v, g), lambda: logsigmoid(draw(B, T, H)), None, {}),
     "retention": (lambda q, k, v, g, b: chunk_retention(q, k, v), retention_gate, None, {}),
     "gla": (lambda q, k, v, g, b: chunk_gla(q, k, v, g), lambda: logsigmoid(draw(B, T, H, K)), None, {}),
-    "linear_attn": (lambda q, k, v, g, b: chunk_linear_attn(q, k, v, normalize=True), lambda: None, None, {"normalize": True, "eps": 1e-10}),
+    "linear_attn": (lambda q, k, v, g, b: chunk_linear_attn(q, k, v, normalize=True), lambda: None, None, NORMALIZED),
     "gated_delta_rule": (
         lambda q, k, v, g, b: chunk_gated_delta_rule(q, k, v, g, b), lambda: logsigmoid(draw(B, T, H)), lambda: torch.rand(B, T, H), {},
     ),

@@ -76,7 +76,7 @@ def test_bfloat16(decay, direction, delta):
     for name, true in gold.items():
         size = max(true.norm().item(), gold["o"].norm().item() if name == "dlog_decay" else 0.0)  # a head's gate: a sum that cancels
         error = (got[name].double() - true).norm().item() / size
-        assert error < 8e-3, f"{name}: relative error {error:.2g}"
+        assert error < 6e-3, f"{name}: relative error {error:.2g}"
 
 
 def test_no_tokens():

@@ -70,10 +70,36 @@ def backward(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, c
 
 
 def step(q, k, v, log_decay, beta, kv, z, form: Form):
+    if torch.compiler.is_compiling():  # as one operator, which the tracer does not look into
+        o, kv, z = torch.ops.linattn.triton_step(q, k, v, log_decay, beta, kv, z, form.scale, form.normalize, form.eps)
+        return o, kv, None if form.normalize == "none" else z
+    return _step(q, k, v, log_decay, beta, kv, z, form)
+
+
+def _step(q, k, v, log_decay, beta, kv, z, form: Form):
     from . import launch
 
     with _device_of(q):
         return launch.step(q, k, v, log_decay, beta, kv, z, form)
+
+
+def _step_operator(q, k, v, log_decay, beta, kv, z, scale, normalize, eps):
+    o, kv, z = _step(q, k, v, log_decay, beta, kv, z, Form(scale, True, "target", normalize, eps, 0, False))
+    return o, kv, kv.new_empty(0) if z is None else z
+
+
+def _step_fake(q, k, v, log_decay, beta, kv, z, scale, normalize, eps):
+    like = lambda x: kv.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    return q.new_empty(*q.shape[:2], v.shape[2]), like(kv), like(z)
+
+
+_LIB = torch.library.Library("linattn", "FRAGMENT")
+_LIB.define(
+    "triton_step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor kv, Tensor? z, "
+    "float scale, str normalize, float eps) -> (Tensor, Tensor, Tensor)"
+)
+_LIB.impl("triton_step", _step_operator, "CompositeExplicitAutograd")
+torch.library.register_fake("linattn::triton_step", _step_fake, lib=_LIB)
 
 
 def _device_of(x):

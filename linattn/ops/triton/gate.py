@@ -1,8 +1,8 @@
 """The only Triton file that knows the decay kinds: none, head, scalar, channel.
 
-Gates are taken to base 2 on loading. A clock ℓ is the running sum of gates inside a chunk, [C], or [C K] for a channel decay; every exponent
-formed is ≤ 0. A channel decay cannot be pulled out of a product of two tiles as one factor per pair, so `scores` and `spread` split the chunk
-in halves, the halves in halves, and so on: two tokens meet at the one level where a border lies between them, both faded to that border.
+Gates are taken to base 2 on loading. A clock ℓ is the running sum of gates inside a chunk, [C], or [C K] for a channel decay; every
+exponent formed is ≤ 0. A channel decay cannot be pulled out of a product of two tiles as one factor per pair: `scores` and `spread` split
+the chunk in halves, the halves in halves, and so on: two tokens meet at the one level where a border lies between them, both faded to it.
 """
 
 import triton
@@ -30,10 +30,10 @@ def gates(ptr, first, step, live, heads, h, k, K: tl.constexpr, DECAY: tl.conste
 def clock(g, LEAVING: tl.constexpr):
     """ℓ: inclusive, or exclusive where a token pays its gate on leaving."""
     if LEAVING:
-        l = tl.cumsum(g, 0) - g
+        ell = tl.cumsum(g, 0) - g
     else:
-        l = tl.cumsum(g, 0)
-    return l
+        ell = tl.cumsum(g, 0)
+    return ell
 
 
 @triton.jit
@@ -108,23 +108,23 @@ def written(x, y, e, DECAY: tl.constexpr):
 
 
 @triton.jit
-def scores(x, y, l, OWN: tl.constexpr, LATER: tl.constexpr, DECAY: tl.constexpr):
-    """[C C]: product of row i of x and row j of y, faded by 2^−|ℓ_i − ℓ_j|, where i is after j (LATER) or before it; OWN times it where i = j."""
+def scores(x, y, ell, OWN: tl.constexpr, LATER: tl.constexpr, DECAY: tl.constexpr):
+    """[C C]: product of row i of x and row j of y, faded by 2^−|ℓ_i − ℓ_j|, where i is after j (LATER) or before; OWN times it at i = j."""
     if DECAY == "channel":
         C: tl.constexpr = x.shape[0]
         i = tl.arange(0, C)
         P = tl.where(i[:, None] == i[None, :], OWN * tl.sum(x.to(tl.float32) * y, 1)[:, None], 0.0)
         for level in tl.static_range(7):
             if 2 ** (level + 1) <= C:
-                a, b = _half(x, l, level, LATER), _half(y, l, level, not LATER)
+                a, b = _half(x, ell, level, LATER), _half(y, ell, level, not LATER)
                 P += tl.where(_meets(C, level), dot(a, tl.trans(b)), 0.0)
     else:
-        P = dot(x, tl.trans(y)) * _fade(l, OWN, LATER, DECAY)
+        P = dot(x, tl.trans(y)) * _fade(ell, OWN, LATER, DECAY)
     return P
 
 
 @triton.jit
-def spread(dP, y, l, OWN: tl.constexpr, LATER: tl.constexpr, DECAY: tl.constexpr):
+def spread(dP, y, ell, OWN: tl.constexpr, LATER: tl.constexpr, DECAY: tl.constexpr):
     """Gradient of `scores` to x [C K], from dP [C C] and y."""
     if DECAY == "channel":
         C: tl.constexpr = y.shape[0]
@@ -133,15 +133,15 @@ def spread(dP, y, l, OWN: tl.constexpr, LATER: tl.constexpr, DECAY: tl.constexpr
         for level in tl.static_range(7):
             if 2 ** (level + 1) <= C:
                 met = tl.where(_meets(C, level), dP, 0.0).to(y.dtype)
-                dx += _half(dot(met, _half(y, l, level, not LATER)), l, level, LATER)
+                dx += _half(dot(met, _half(y, ell, level, not LATER)), ell, level, LATER)
     else:
-        dx = dot((dP * _fade(l, OWN, LATER, DECAY)).to(y.dtype), y)
+        dx = dot((dP * _fade(ell, OWN, LATER, DECAY)).to(y.dtype), y)
     return dx
 
 
 @triton.jit
-def _fade(l, OWN: tl.constexpr, LATER: tl.constexpr, DECAY: tl.constexpr):
-    C: tl.constexpr = l.shape[0]
+def _fade(ell, OWN: tl.constexpr, LATER: tl.constexpr, DECAY: tl.constexpr):
+    C: tl.constexpr = ell.shape[0]
     i = tl.arange(0, C)
     if LATER:
         see = i[:, None] > i[None, :]
@@ -150,19 +150,19 @@ def _fade(l, OWN: tl.constexpr, LATER: tl.constexpr, DECAY: tl.constexpr):
     if DECAY == "none":
         fade = tl.where(see, 1.0, 0.0)
     else:
-        fade = tl.where(see, tl.exp2(-tl.abs(l[:, None] - l[None, :])), 0.0)
+        fade = tl.where(see, tl.exp2(-tl.abs(ell[:, None] - ell[None, :])), 0.0)
     return fade + tl.where(i[:, None] == i[None, :], OWN, 0.0)
 
 
 @triton.jit
-def _half(x, l, level: tl.constexpr, LATER: tl.constexpr):
+def _half(x, ell, level: tl.constexpr, LATER: tl.constexpr):
     """Rows of x in the later (or earlier) half of their block of 2^(level + 1), faded to the border between the halves; zeros elsewhere."""
     C: tl.constexpr = x.shape[0]
     i = tl.arange(0, C)
     border = (i >> (level + 1) << (level + 1)) + (2**level - 1)
-    at_border = tl.gather(l, tl.broadcast_to(border[:, None], l.shape), 0)
+    at_border = tl.gather(ell, tl.broadcast_to(border[:, None], ell.shape), 0)
     here = ((i >> level) & 1) == (1 if LATER else 0)
-    return tl.where(here[:, None], x * tl.exp2(-tl.abs(l - at_border)), 0.0).to(x.dtype)
+    return tl.where(here[:, None], x * tl.exp2(-tl.abs(ell - at_border)), 0.0).to(x.dtype)
 
 
 @triton.jit

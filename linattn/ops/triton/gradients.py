@@ -11,7 +11,7 @@ All sums stay inside the chunk; summed over the whole sequence instead, rounding
 import triton
 import triton.language as tl
 
-from .gate import carried, carried_z, clock, dot, faded, gates, read, scores, spread, unclock
+from .gate import carried_z, clock, dot, faded, gates, read, scores, spread, unclock
 from .layout import column, first_row, gradient, locate, put, put_column, tile, tokens
 from .state import entering, entering_z
 
@@ -62,11 +62,11 @@ def bwd_dq(
     first, step, live = tokens(start, length, c, C, REVERSE)
     jk = tl.arange(0, BK)
     b_g = gates(g, first, step, live, H, h, jk, K, DECAY)
-    l, L = clock(b_g, LEAVING_LEFT), tl.sum(b_g, 0)
+    ell, L = clock(b_g, LEAVING_LEFT), tl.sum(b_g, 0)
     r = clock(b_g, LEAVING_RIGHT)
     dP = tl.zeros([C, C], tl.float32)
     left, right = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
-    for iv in range(0, (V + BV - 1) // BV):
+    for iv in range((V + BV - 1) // BV):
         jv = iv * BV + tl.arange(0, BV)
         dn = gradient(do, factor, scale, first, step, live, H * G, hq, jv, V, NORMALIZE)
         b_v = tile(v, first, step, live, H, h, jv, V)
@@ -84,7 +84,7 @@ def bwd_dq(
             right += b_dd[:, None] * entering_z(zs, fades, incoming_z, right_row, right_seg, jk, K, DECAY, SCANNED)[None, :]
     b_q = tile(q, first, step, live, H * G, hq, jk, K)
     b_k = tile(k, first, step, live, H, h, jk, K)
-    left = faded(left, l, DECAY) + spread(dP, b_k, l, OWN, True, DECAY)
+    left = faded(left, ell, DECAY) + spread(dP, b_k, ell, OWN, True, DECAY)
     if DECAY != "none":
         dg = unclock(_per_gate(b_q * left, DECAY), LEAVING_LEFT)
     if BOTH:
@@ -121,21 +121,21 @@ def bwd_dkv(
     first, step, live = tokens(start, length, c, C, REVERSE)
     jk = tl.arange(0, BK)
     b_g = gates(g, first, step, live, H, h, jk, K, DECAY)
-    l, L = clock(b_g, LEAVING_LEFT), tl.sum(b_g, 0)
+    ell, L = clock(b_g, LEAVING_LEFT), tl.sum(b_g, 0)
     r = clock(b_g, LEAVING_RIGHT)
     b_k = tile(k, first, step, live, H, h, jk, K)
     if tl.program_id(2) == 1:
-        for iv in range(0, (V + BV - 1) // BV):
+        for iv in range((V + BV - 1) // BV):
             jv = iv * BV + tl.arange(0, BV)
             dS = entering(states, fades, incoming, dp_row, dp_seg, jk, jv, K, V, DECAY, SCANNED)
-            acc = read(b_k, dS, L - l, DECAY).to(tl.float32)
+            acc = read(b_k, dS, L - ell, DECAY).to(tl.float32)
             if BOTH:
                 dS = entering(states, fades, incoming, dn_row, dn_seg, jk, jv, K, V, DECAY, SCANNED)
                 acc += read(b_k, dS, r, DECAY)
-            for head in range(0, G):
+            for head in range(G):
                 b_q = tile(q, first, step, live, H * G, h * G + head, jk, K)
                 dn = gradient(do, factor, scale, first, step, live, H * G, h * G + head, jv, V, NORMALIZE)
-                P = scores(b_k, b_q, l, OWN, False, DECAY)
+                P = scores(b_k, b_q, ell, OWN, False, DECAY)
                 if BOTH:
                     P += scores(b_k, b_q, r, 0.0, True, DECAY)
                 acc += dot(P.to(dn.dtype), dn)
@@ -145,7 +145,7 @@ def bwd_dkv(
     else:
         left, right = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
         crossing = tl.zeros([BK], tl.float32)  # ⟨P, dP⟩ + ⟨N, dN⟩ per channel
-        for iv in range(0, (V + BV - 1) // BV):
+        for iv in range((V + BV - 1) // BV):
             jv = iv * BV + tl.arange(0, BV)
             b_v = tile(v, first, step, live, H, h, jv, V)
             dS = entering(states, fades, incoming, dp_row, dp_seg, jk, jv, K, V, DECAY, SCANNED)
@@ -168,23 +168,23 @@ def bwd_dkv(
                 right += tl.where(live, 1.0, 0.0)[:, None] * dz[None, :]
                 if DECAY != "none":
                     crossing += dz * entering_z(zs, fades, incoming_z, p_row + family, p_seg + seg_family, jk, K, DECAY, SCANNED)
-        left = faded(left, L - l, DECAY)
+        left = faded(left, L - ell, DECAY)
         if DECAY == "channel":
             b_dg = tl.sum(b_k * left, 0)[None, :] + tl.where(live, 1.0, 0.0)[:, None] * carried_z(crossing, L, DECAY)[None, :]
         elif DECAY != "none":
             b_dg = tl.sum(tl.sum(b_k * left, 1), 0) + tl.where(live, 1.0, 0.0) * (tl.sum(crossing, 0) * tl.exp2(L))
         if BOTH:
             right = faded(right, r, DECAY)
-        for head in range(0, G):
+        for head in range(G):
             b_q = tile(q, first, step, live, H * G, h * G + head, jk, K)
             dP = tl.zeros([C, C], tl.float32)
-            for iv in range(0, (V + BV - 1) // BV):
+            for iv in range((V + BV - 1) // BV):
                 jv = iv * BV + tl.arange(0, BV)
                 dn = gradient(do, factor, scale, first, step, live, H * G, h * G + head, jv, V, NORMALIZE)
                 dP += dot(tile(v, first, step, live, H, h, jv, V), tl.trans(dn))
             if NORMALIZE:
                 dP += column(dd, first, step, live, H * G, h * G + head)[None, :]
-            left += spread(dP, b_q, l, OWN, False, DECAY)
+            left += spread(dP, b_q, ell, OWN, False, DECAY)
             if BOTH:
                 right += spread(dP, b_q, r, 0.0, True, DECAY)
             if DECAY != "none":

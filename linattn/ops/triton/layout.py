@@ -1,8 +1,8 @@
 """The only Triton file that knows where a token, a chunk and a state lie in memory.
 
-A block is SPAN consecutive tokens of one sequence. Blocks are numbered without a table: in a dense batch sequence n owns ⌈T / SPAN⌉ rows, in
-a packed one its rows begin at ⌊start / SPAN⌋ + n, which never overlaps the next sequence's. So no host ever reads `cu_seqlens`; the few rows
-that belong to no sequence come out with a length of zero.
+A block is SPAN consecutive tokens of one sequence. Blocks are numbered without a table: in a dense batch sequence n owns ⌈T / SPAN⌉ rows,
+in a packed one its rows begin at ⌊start / SPAN⌋ + n, which never overlaps the next sequence's. So no host ever reads `cu_seqlens`; the few
+rows that belong to no sequence lie past the end of the one they are counted to.
 """
 
 import triton

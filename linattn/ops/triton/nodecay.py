@@ -1,7 +1,7 @@
 """Bidirectional attention without decay: every token sees one and the same state, the sum over all of them and over both initial states.
 
     S = Σ_j k_j v_jᵀ + S_left + S_right         n_i = scale · Sᵀ q_i
-    G = Σ_i q_i dn_iᵀ                           dq_i = S dn_i,   dk_j = G v_j,   dv_j = Gᵀ k_j     (G with the gradients of both last states)
+    G = Σ_i q_i dn_iᵀ                           dq_i = S dn_i,   dk_j = G v_j,   dv_j = Gᵀ k_j    (G with those of both last states)
 
 The sums over segments are `seg_state`'s; here they are added up, and read. z and its gradient go the same way, with 1 for v and dd for dn.
 """
@@ -29,7 +29,7 @@ def seg_sum(
         start, length = n.to(tl.int64) * T, T
     first = first_row(n, start, T, chunks * C, VARLEN)
     S, Z = tl.zeros([BK, BV], tl.float32), tl.zeros([BK], tl.float32)
-    for s in range(0, tl.cdiv(length, chunks * C)):
+    for s in range(tl.cdiv(length, chunks * C)):
         row = (f * segments + first + s) * H + h
         S += matrix(parts, row, k, v, K, V)
         if NORMALIZE:
@@ -74,7 +74,7 @@ def nodecay_out(
             factor = scale / tl.where(live, rows + eps, 1.0)
     else:
         factor = tl.where(live, scale, scale)
-    for iv in range(0, (V + BV - 1) // BV):
+    for iv in range((V + BV - 1) // BV):
         jv = iv * BV + tl.arange(0, BV)
         out = dot(b_q, matrix(whole, row, jk, jv, K, V).to(b_q.dtype)) * factor[:, None]
         put(o, out, first, step, live, H * G, hq, jv, V)
@@ -96,7 +96,7 @@ def nodecay_bwd(
     acc = tl.zeros([C, BK], tl.float32)
     if hq < H * G:
         row = n * H + hq // G
-        for iv in range(0, (V + BV - 1) // BV):
+        for iv in range((V + BV - 1) // BV):
             jv = iv * BV + tl.arange(0, BV)
             dn = gradient(do, factor, scale, first, step, live, H * G, hq, jv, V, NORMALIZE)
             acc += dot(dn, tl.trans(matrix(whole, row, jk, jv, K, V).to(dn.dtype)))
@@ -107,7 +107,7 @@ def nodecay_bwd(
         h = hq - H * G
         row = (N + n) * H + h
         b_k = tile(k, first, step, live, H, h, jk, K)
-        for iv in range(0, (V + BV - 1) // BV):
+        for iv in range((V + BV - 1) // BV):
             jv = iv * BV + tl.arange(0, BV)
             dS = matrix(whole, row, jk, jv, K, V).to(b_k.dtype)
             b_dv = dot(b_k, dS)

@@ -41,7 +41,7 @@ def output(
         b_k = tile(k, first, step, live, H, h, jk, K)
         b_u = tile(v, first, step, live, H, h, jv, V)
         b_g = gates(g, first, step, live, H, h, jk, K, DECAY)
-        l, L = clock(b_g, LEAVING_LEFT), tl.sum(b_g, 0)
+        ell, L = clock(b_g, LEAVING_LEFT), tl.sum(b_g, 0)
         if RECORD:
             kept = speaks & (c % every == 0)
             at = ((record_row + c // every) * H + h).to(tl.int64)
@@ -54,8 +54,8 @@ def output(
             if WRITES:
                 put(writes, u, first, step, live & speaks, H, h, jv, V)
             b_u = u.to(b_u.dtype)
-        P = scores(b_q, b_k, l, OWN, True, DECAY)  # emit
-        out = read(b_q, S, l, DECAY)
+        P = scores(b_q, b_k, ell, OWN, True, DECAY)  # emit
+        out = read(b_q, S, ell, DECAY)
         if BOTH:
             r = clock(b_g, LEAVING_RIGHT)
             P += scores(b_q, b_k, r, 0.0, False, DECAY)
@@ -63,19 +63,19 @@ def output(
             out += read(b_q, entering(states, fades, incoming, row, right_row, jk, jv, K, V, DECAY, SCANNED), L - r, DECAY)
         out = (out + dot(P.to(b_u.dtype), b_u)) * scale
         if NORMALIZE:
-            rows = tl.sum(P, 1) + read_z(b_q, z, l, DECAY)
+            rows = tl.sum(P, 1) + read_z(b_q, z, ell, DECAY)
             if BOTH:
                 z_right = entering_z(zs, fades, incoming_z, row, right_row, jk, K, DECAY, SCANNED)
                 rows += read_z(b_q, z_right, L - r, DECAY)
             rows *= scale
             put_column(d, rows, first, step, live & (iv == 0), H * G, hq)
-            z = carried_z(z, L, DECAY) + tl.sum(faded(b_k, L - l, DECAY).to(tl.float32), 0)
+            z = carried_z(z, L, DECAY) + tl.sum(faded(b_k, L - ell, DECAY).to(tl.float32), 0)
             if DIVIDE == "sum":
                 out = out / tl.where(live, rows + eps, 1.0)[:, None]
             elif DIVIDE == "clamp":
                 out = out / tl.maximum(rows, eps)[:, None]
         put(o, out, first, step, live, H * G, hq, jv, V)
-        S = carried(S, L, DECAY) + written(b_k, b_u, L - l, DECAY)  # carry
+        S = carried(S, L, DECAY) + written(b_k, b_u, L - ell, DECAY)  # carry
     if not SCANNED:  # one segment is the whole sequence
         if speaks:
             put_matrix(last, S, n * H + h, jk, jv, K, V)

@@ -6,8 +6,8 @@ There are up to four families of states, two per direction, all by the same recu
     x, y       k, v                     k, v                     q, dn                      q, dn
     walks      to the right, e = L − ℓ  to the left, e = ℓ       to the left, e = ℓ         to the right, e = L − ℓ
 
-What is stored for a chunk is the state on entering it from its segment's end, in the dtype of k; it is carried in float32. The part that comes
-from beyond the segment is added by the reader (`entering`), faded by the decay between, so no state is ever read only to be written again.
+What is stored for a chunk is the state on entering it from its segment's end, in the dtype of k; it is carried in float32. The part that
+comes from beyond the segment is added by the reader (`entering`), faded by the decay between: no state is read only to be written again.
 
 The delta rule makes each step depend on the one before, so there a segment is a whole sequence. With w and ũ from `delta.wy`,
 
@@ -93,13 +93,14 @@ def _walk(
         keep = stored & (head == 0)
         tl.store(states + at * (K * V) + jk[:, None] * V + jv[None, :], S.to(states.dtype.element_ty), mask=inside & keep)
         _store_total(fades, past, at, jk, keep & (iv == 0), K, DECAY)
-        l, L = clock(b_g, LEAVING), tl.sum(b_g, 0)
-        e = l if LEFTWARDS else L - l
+        ell, L = clock(b_g, LEAVING), tl.sum(b_g, 0)
+        e = ell if LEFTWARDS else L - ell
         if DELTA:
             b_w = tile(w, first, step, live, heads, h, jk, K)
             if GRAD:
                 b_k = tile(k, first, step, live, heads, h, jk, K)
-                du = tl.where(head == 0, read(b_k, S, L - l, DECAY), du) + dot(scores(b_k, b_x, l, OWN, False, DECAY).to(b_y.dtype), b_y)
+                P = scores(b_k, b_x, ell, OWN, False, DECAY)
+                du = tl.where(head == 0, read(b_k, S, L - ell, DECAY), du) + dot(P.to(b_y.dtype), b_y)
                 if WRITES:
                     du += tl.where(head == 0, tile(dwrites, first, step, live, heads, h, jv, V), 0.0)
                 put(writes, du, first, step, live & (head == G - 1), heads, h, jv, V)
@@ -143,7 +144,7 @@ def seg_state(
 ):  # fmt: skip
     """Grid (families × V tiles, segments × H): the programs that read the same tokens are neighbours, and the second finds them in L2.
 
-    `chunks` per segment, `segments` rows of them, `family`: the first one wanted. Forward only N is stored per chunk: P is carried by `output`.
+    `chunks` per segment, `segments` rows of them, `family`: the first one wanted. Forward only N is kept per chunk: P is `output`'s.
     KEEP: whether states on entering chunks are wanted at all, or only the sums of whole segments.
     """
     tiles: tl.constexpr = (V + BV - 1) // BV
@@ -213,7 +214,7 @@ def seg_scan(
         S, Z = matrix(dkv, initial_row, k, v, K, V), vector(dz, initial_row, k, K)
     else:
         S, Z = matrix(kv, initial_row, k, v, K, V), vector(z, initial_row, k, K)
-    for s in range(0, count):
+    for s in range(count):
         segment = first + tl.where(leftwards, count - 1 - s, s)
         row = (f * segments + segment) * H + h
         total = _load_total(totals, row, k, K, DECAY)

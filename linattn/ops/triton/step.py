@@ -35,7 +35,7 @@ def step(
         b_z = a * tl.load(z + bh * K + jk, mask=ink, other=0.0) + b_k
         if iv == 0:
             tl.store(z_out + bh * K + jk, b_z, mask=ink)
-    for head in range(0, G):
+    for head in range(G):
         row = bh * G + head
         b_q = tl.load(q + row * K + jk, mask=ink, other=0.0).to(tl.float32)
         out = scale * tl.sum(S * b_q[:, None], 0)

@@ -1,0 +1,257 @@
+"""One sequence of launches: which kernels run, in what order, on which buffers, with which constexprs."""
+
+import torch
+from torch import Tensor
+
+from ..form import KINDS, Form, boundary_rows
+from ..tiles import Tile, chunks_per_segment, pick, power_of_two
+from . import architecture
+from .delta import wy, wy_backward
+from .gradients import bwd_dkv, bwd_dq
+from .nodecay import nodecay_bwd, nodecay_out, seg_sum
+from .output import output
+from .state import seg_scan, seg_state
+
+
+class Pass:
+    """A call seen from one side, or (BOTH) from both at once. Holds sizes and the constexprs its kernels share.
+
+    A bidirectional call is one pass for both sides where what is written needs no order; the delta rule, and records, which count from each
+    side's own end, take one pass per side, each owning half of a token's own term.
+    """
+
+    def __init__(self, q, k, v, log_decay, beta, cu_seqlens, form: Form, side: int | None):
+        self.q, self.k, self.v, self.g, self.beta = (None if x is None else x.contiguous() for x in (q, k, v, log_decay, beta))
+        self.form, self.cu_seqlens, self.side = form, cu_seqlens, side
+        (B, T, self.H, self.K), self.V = k.shape, v.shape[3]
+        self.tokens, self.T, self.G = B * T, T, q.shape[2] // self.H
+        self.N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.D = 2 if side is None else 1
+        self.decay = KINDS[0 if log_decay is None else log_decay.ndim]
+        self.leave = (form.gating == "source", form.gating == "target") if side is None else (self._leaving(), False)
+        self.normal = form.normalize != "none"
+        self.none = k.new_empty(0)  # stands for a tensor that the constexprs keep from being touched
+
+    def _leaving(self) -> bool:
+        return not self.form.causal and self.form.gating in (("source", "symmetric") if self.side else ("source",))
+
+    def rows(self, span: int) -> int:
+        """Blocks of `span` tokens, see layout.py."""
+        return self.T // span + self.N if self.cu_seqlens is not None else self.N * -(-self.T // span)
+
+    def tile(self, kernel: str) -> Tile:
+        if self.beta is not None:
+            kind = "delta"
+        elif self.decay == "channel":
+            kind = "channel"
+        else:
+            kind = "both" if self.D == 2 else "one"
+        tile = pick(architecture(), kernel, kind, self.K, self.V, self.k.element_size())
+        return tile._replace(C=16) if self.form.stride % tile.C else tile  # a record falls on the start of a chunk
+
+    def cut(self, kernel: str) -> None:
+        """Cut the sequences into chunks and segments for the kernels that go with `kernel`."""
+        tile = self.tile(kernel)
+        C = self.C = tile.C
+        per_segment = self.N * self.H * -(-self.V // tile.BV)
+        longest = max(self.T, 1)
+        chunks = -(-longest // C) if self.beta is not None else chunks_per_segment(longest, C, per_segment)
+        self.chunks = chunks + (1 if self.cu_seqlens is not None and chunks * C == longest else 0)  # T // span is 0 for one segment
+        self.segments = self.rows(self.chunks * C)
+        self.scanned = self.segments > self.N
+
+    def options(self, kernel: str, **more) -> dict:
+        tile = self.tile(kernel)
+        shared = {
+            "K": self.K, "V": self.V, "BK": power_of_two(self.K), "BV": tile.BV, "C": tile.C, "DECAY": self.decay,
+            "VARLEN": self.cu_seqlens is not None, "num_warps": tile.warps, "num_stages": tile.stages,
+        }  # fmt: skip
+        return shared | more
+
+    def full(self, kernel: str, **more) -> dict:
+        more = {
+            "BOTH": self.D == 2, "LEAVING_LEFT": self.leave[0], "LEAVING_RIGHT": self.leave[1], "NORMALIZE": self.normal,
+            "OWN": 1.0 if self.form.causal or self.D == 2 else 0.5, "REVERSE": self.side == 1, "SCANNED": self.scanned,
+        } | more  # fmt: skip
+        return self.options(kernel, **more)
+
+    def new(self, *shape, dtype=torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.k.device)
+
+    def per_gate(self, heads: int) -> Tensor:
+        if self.decay == "none":
+            return self.none
+        return self.new(self.tokens, heads, *([self.K] if self.decay == "channel" else []))
+
+    def solve(self, kernel: str) -> tuple[Tensor, Tensor]:
+        """w and ũ of the delta rule."""
+        w, u = torch.empty_like(self.k), torch.empty_like(self.v)
+        wy[(self.rows(self.C), self.H)](
+            self.k, self.v, self.gate, self.beta, self.cu_seqlens, w, u, self.N, self.T, self.H,
+            LEAVING=self.leave[0], REVERSE=self.side == 1, **self.options(kernel),
+        )  # fmt: skip
+        return w, u
+
+    @property
+    def gate(self) -> Tensor:
+        return self.none if self.g is None else self.g
+
+    def states(self, kv, z, dkv=None, dz=None, gradients=(), w=None, u=None, du=None):
+        """Run seg_state and seg_scan. → (chunk states, their z, their fades, what enters the segments, its z), (last, last_z)."""
+        grad, D, H, K, V = dkv is not None, self.D, self.H, self.K, self.V
+        do, dd, factor, dbkv, dbz, dwrites = gradients or (None,) * 6
+        kernel = "bwd_state" if grad else "state"
+        families = 2 * D if grad else D
+        family = 1 if not grad and not self.scanned else 0  # P of an unbroken sequence is made by `output` itself
+        chunk_rows = self.rows(self.C)
+        kept = families if grad else D - 1
+        states, zs = self.new(kept, chunk_rows, H, K, V, dtype=self.k.dtype), self.new(kept, chunk_rows, H, K if self.normal else 0)
+        wide = [K] if self.decay == "channel" else []
+        fades, totals = self.new(kept, chunk_rows, H, *wide), self.new(families, self.segments, H, *wide)
+        parts, parts_z = self.new(families, self.segments, H, K, V), self.new(families, self.segments, H, K)
+        options = self.full(
+            kernel,
+            GRAD=grad,
+            DELTA=w is not None,
+            KEEP=True,
+            RECORD=dbkv is not None,
+            WRITES=dwrites is not None,
+            PIPE=self.tile(kernel).stages,
+        )
+        if families > family:
+            grid = ((families - family) * -(-V // options["BV"]), self.segments * H)
+            seg_state[grid](
+                self.q if grad else None, self.k, u if w is not None else self.v, do, w, u, du, dwrites, dd, factor, self.gate, kv, z,
+                dkv, dz, dbkv, dbz,
+                self.cu_seqlens, states, zs, fades, parts, parts_z, totals,
+                self.form.scale, self.N, self.T, H, self.G, family, self.segments, self.chunks, max(1, self.form.stride // self.C),
+                **options,
+            )  # fmt: skip
+        if not self.scanned:
+            return (states, zs, fades, kv, z), (parts, parts_z)
+        last, last_z = self.new(families, self.N, H, K, V), self.new(families, self.N, H, K)
+        options = self.options(kernel, BOTH=D == 2, NORMALIZE=self.normal)
+        seg_scan[(families, self.N * H, -(-V // options["BV"]))](
+            parts,
+            parts_z,
+            totals,
+            kv,
+            z,
+            dkv if grad else kv,
+            dz if grad else z,
+            last,
+            last_z,
+            self.cu_seqlens,
+            self.N,
+            self.T,
+            H,
+            self.segments,
+            self.chunks,
+            **options,
+        )
+        return (states, zs, fades, parts, parts_z), (last, last_z)
+
+    def forward(self, kv, z, divide: str, dtype):
+        """→ o [B T HQ V], d, last, last_z [D N H ·], recorded kv and z, writes."""
+        form, H, K, V, delta = self.form, self.H, self.K, self.V, self.beta is not None
+        B = 1 if self.cu_seqlens is not None else self.N
+        self.cut("output")
+        w, v = self.solve("state") if delta else (None, self.v)
+        (states, zs, fades, incoming, incoming_z), (last, last_z) = self.states(kv, z)
+        o, d = self.new(B, self.T, H * self.G, V, dtype=dtype), self.new(B, self.T, H * self.G if self.normal else 0)
+        rows = boundary_rows(self.T, self.N if self.cu_seqlens is not None else 1, form.stride)
+        zeros = torch.zeros if self.cu_seqlens is not None else torch.empty  # packed rows between sequences belong to nobody
+        bkv = zeros(B, rows, H, K, V, dtype=torch.float32, device=kv.device)
+        bz = zeros(B, rows if self.normal else 0, H, K, dtype=torch.float32, device=kv.device)
+        u = self.new(B, self.T, H, V) if form.writes and delta else None
+        options = self.full(
+            "output", DELTA=delta, DIVIDE=divide, RECORD=form.stride > 0, WRITES=u is not None, PIPE=self.tile("output").stages
+        )
+        output[(-(-V // options["BV"]), self.segments * H * self.G)](
+            self.q, self.k, v, self.gate, w, incoming, incoming_z, states, zs, fades, self.cu_seqlens, o, d, u, bkv, bz, last, last_z,
+            form.scale, form.eps, self.N, self.T, H, self.G, self.segments, self.chunks, max(1, form.stride // self.C), **options,
+        )  # fmt: skip
+        return o, d, last, last_z, bkv, bz, self.v.float() if u is None and form.writes else u
+
+    def backward(self, do, dd, factor, dkv, dz, dbkv, dbz, dwrites, kv, z, dtype):
+        """→ dq, dk, dv in `dtype` (None: those of q, k, v), dg per token or None, dbeta or None, dkv, dz [D N H · ·]."""
+        H, D, delta = self.H, self.D, self.beta is not None
+        self.cut("bwd_state")
+        w = u = du = None
+        if delta:
+            w, u = self.solve("bwd_state")
+            du = torch.empty_like(self.v)
+        gradients = (do, dd, factor, dbkv, dbz, dwrites)
+        (states, zs, fades, incoming, incoming_z), (last, last_z) = self.states(kv, z, dkv, dz, gradients, w, u, du)
+        dq, dk, dv = (torch.empty_like(x, dtype=dtype or x.dtype) for x in (self.q, self.k, self.v))
+        dg_rows, dg = self.per_gate(H * self.G), self.per_gate(H)
+        entered = (states, zs, fades, incoming, incoming_z, self.cu_seqlens)
+        sizes = (self.form.scale, self.N, self.T, H, self.G, self.segments, self.chunks, self.rows(self.C))
+        v = u if delta else self.v
+        bwd_dq[(self.rows(self.C), H * self.G)](
+            self.q, self.k, v, do, dd, factor, self.gate, *entered, dq, dg_rows, *sizes, **self.full("bwd_dq")
+        )
+        dk_others = self.new(*dk.shape) if delta else dk
+        bwd_dkv[(self.rows(self.C), H, 1 if delta else 2)](
+            self.q, self.k, v, do, dd, factor, self.gate, *entered, dg_rows, dwrites, dk_others, dv, dg, *sizes,
+            WRITES=dwrites is not None, **self.full("bwd_dkv"),
+        )  # fmt: skip
+        dbeta = None
+        if delta:
+            dbeta = torch.empty_like(self.beta)
+            wy_backward[(self.rows(self.C), H)](
+                self.k, self.v, self.gate, self.beta, u, du, states, self.cu_seqlens, dk_others, dk, dv, dg, dbeta, self.N, self.T, H,
+                LEAVING=self.leave[0], REVERSE=self.side == 1, **self.options("bwd_dq"),
+            )  # fmt: skip
+        return dq, dk, dv, None if self.g is None else dg, dbeta, last[D:], last_z[D:]
+
+
+class NoDecay(Pass):
+    """The launches of a bidirectional call without decay: both sides are one sum."""
+
+    def __init__(self, q, k, v, cu_seqlens, form: Form):
+        super().__init__(q, k, v, None, None, cu_seqlens, form, 0)
+
+    def sums(self, kernel, kv, z, dkv=None, dz=None, do=None, dd=None, factor=None):
+        """S, and with gradients G, of each sequence: [1 or 2, N H ·] in the dtype of k, z in float32; last states [2 or 4, N H ·]."""
+        H, K, V, none, grad = self.H, self.K, self.V, self.none, dkv is not None
+        families = 2 if grad else 1
+        parts, parts_z = self.new(families, self.segments, H, K, V), self.new(families, self.segments, H, K)
+        options = self.full(
+            kernel, GRAD=grad, DELTA=False, KEEP=False, RECORD=False, WRITES=False, PIPE=self.tile(kernel).stages, SCANNED=True
+        )
+        tiles = -(-V // options["BV"])
+        seg_state[(families * tiles, self.segments * H)](
+            self.q if grad else None, self.k, self.v, do, None, None, None, None, dd, factor, none, kv, z, dkv, dz, None, None,
+            self.cu_seqlens, parts, parts_z,
+            none, parts, parts_z, none, self.form.scale, self.N, self.T, H, self.G, 0, self.segments, self.chunks, 1, **options,
+        )  # fmt: skip
+        whole, whole_z = self.new(families, self.N, H, K, V, dtype=self.k.dtype), self.new(families, self.N, H, K)
+        last, last_z = self.new(2 * families, self.N, H, K, V), self.new(2 * families, self.N, H, K)
+        seg_sum[(families, self.N * H, tiles)](
+            parts, parts_z, kv, z, dkv if grad else kv, dz if grad else z, self.cu_seqlens, whole, whole_z, last, last_z,
+            self.N, self.T, H, self.segments, self.chunks, NORMALIZE=self.normal, **self.options(kernel),
+        )  # fmt: skip
+        return whole, whole_z, last, last_z
+
+    def forward(self, kv, z, divide: str, dtype):
+        B, heads = 1 if self.cu_seqlens is not None else self.N, self.H * self.G
+        self.cut("state")
+        whole, whole_z, last, last_z = self.sums("state", kv, z)
+        o, d = self.new(B, self.T, heads, self.V, dtype=dtype), self.new(B, self.T, heads if self.normal else 0)
+        options = self.options("output", NORMALIZE=self.normal, DIVIDE=divide)
+        nodecay_out[(self.rows(options["C"]), heads)](
+            self.q, whole, whole_z, self.cu_seqlens, o, d, self.form.scale, self.form.eps, self.N, self.T, self.H, self.G, **options
+        )
+        return o, d, last, last_z, None, None, self.v.float() if self.form.writes else None
+
+    def backward(self, do, dd, factor, dkv, dz, dbkv, dbz, dwrites, kv, z, dtype):
+        self.cut("bwd_state")
+        whole, whole_z, last, last_z = self.sums("bwd_state", kv, z, dkv, dz, do, dd, factor)
+        dq, dk, dv = (torch.empty_like(x) for x in (self.q, self.k, self.v))
+        options = self.options("bwd_dq", NORMALIZE=self.normal, WRITES=dwrites is not None)
+        nodecay_bwd[(self.rows(options["C"]), self.H * (self.G + 1))](
+            self.k, self.v, do, dd, factor, whole, whole_z, self.cu_seqlens, dwrites, dq, dk, dv,
+            self.form.scale, self.N, self.T, self.H, self.G, **options,
+        )  # fmt: skip
+        return dq, dk, dv, None, None, last[2:], last_z[2:]
