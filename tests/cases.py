@@ -16,7 +16,8 @@ from linattn.ops.form import Call
 DECAYS = ("none", "head", "scalar", "channel")
 DIRECTIONS = ("causal", "source", "target", "symmetric")  # the last three: causal=False with that gating
 NORMALIZERS = ("none", "sum", "clamp")
-PRESENT = tuple(name for name in linattn.BACKENDS if linattn.why_not(name) is None)
+PLAIN = Call("cpu", torch.float32, "none", False, True, 64, 64)
+PRESENT = tuple(name for name in linattn.BACKENDS if BY_NAME[name].why_not(PLAIN) is None)  # on CPU tensors
 RECORDS = ((), ("boundaries",), ("writes",), ("boundaries", "writes"))
 FLOOR = 100  # roundings, of a right answer's largest element, that it may be off by; `eager` has needed 70 (clocks of strong decays)
 
