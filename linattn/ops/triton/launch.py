@@ -6,7 +6,7 @@ from ..form import Form, boundary_rows
 from ..tiles import power_of_two
 from .gradients import row_factors
 from .passes import NoDecay, Pass
-from .step import step as one_token
+from .decoding import step as one_token
 
 
 def _passes(q, k, v, log_decay, beta, cu_seqlens, form: Form) -> list[tuple[slice, Pass]]:
