@@ -67,6 +67,52 @@ def cpu(
         raise typer.Exit(1)
 
 
+@app.command()
+def kernels(
+    arch: Annotated[
+        list[str] | None, typer.Option(help="Only this architecture; repeat for more.", show_default="all in the tiles table")
+    ] = None,
+    width: Annotated[list[int] | None, typer.Option(help="Only this K = V; repeat for more.", show_default="64, 128 and 256")] = None,
+    form: Annotated[list[str] | None, typer.Option(help="Only this form; repeat for more.", show_default="all")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the table.", show_default="bench/results")] = records.RESULTS,
+) -> None:
+    """Compile every Triton kernel ahead of time, without a GPU, and hold what the assembler says against its limits.
+
+    Ends with status 1 if a kernel spills, has no matrix instruction, traps, overflows shared memory or moves more bytes than its budget.
+    """
+    from . import kernels as ahead
+
+    for name, given, known in (
+        ("--arch", arch, ahead.ARCHITECTURES),
+        ("--width", width, ahead.WIDTHS),
+        ("--form", form, tuple(ahead.FORMS)),
+    ):
+        if unknown := [one for one in given or () if one not in known]:
+            raise typer.BadParameter(f"{name} must be in {list(known)}; got {unknown[0]!r}")
+    console = Console()
+    told = lambda row: console.print(
+        f"{row.arch} {row.form} {row.width} {row.kernel} {row.tile} {row.assembler}: {row.registers} registers, {row.spills} B spilled, "
+        f"{row.shared >> 10} KiB shared, {row.per_sm} per multiprocessor, {row.matrix} matrix, {row.copies} copies: "
+        f"{'; '.join(row.faults) or 'pass'} {row.error}",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+    rows, faults = ahead.run(tuple(arch or ahead.ARCHITECTURES), tuple(width or ahead.WIDTHS[:3]), tuple(form or ahead.FORMS), told)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "kernels.md"
+    path.write_text(ahead.markdown(rows, faults))
+    console.print(f"written: {path}", soft_wrap=True, highlight=False)
+    if faults:
+        raise typer.Exit(1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def gpu(context: typer.Context) -> None:
+    """The operator on a GPU, beside fla, softmax attention and a copy; the same as `python -m bench.gpu`, which needs torch alone."""
+    from . import gpu as on_gpu
+
+    raise typer.Exit(on_gpu.main(context.args))
+
+
 def _draw(record: records.Record, path: Path, console: Console) -> Path | None:
     try:
         from . import plots

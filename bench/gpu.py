@@ -327,12 +327,12 @@ def run(minutes: float = 10.0, only: tuple[str, ...] = (), told: Callable[[str],
     )  # fmt: skip
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0, help="stop timing new cases after this long")
     parser.add_argument("--only", action="append", default=[], choices=list(FORMS), help="only this form; repeat for more")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if not torch.cuda.is_available():
         parser.error("no CUDA device: this measures on a GPU")
     record = run(arguments.minutes, tuple(arguments.only), lambda line: print(line, flush=True))

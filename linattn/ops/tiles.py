@@ -13,8 +13,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# What a row is for. one: a decay that is one number per token, causal. both: the same from both sides. channel: a decay per channel.
-KINDS = ("one", "both", "channel", "delta")
+# What a row is for. one: a decay that is one number per token, causal; both: the same from both sides.
+KINDS = ("one", "both", "channel", "delta", "channel delta")
 KERNELS = ("state", "output", "bwd_state", "bwd_dq", "bwd_dkv")  # others follow: scan and wy as state, wy_backward as bwd_dq
 WIDTHS = (64, 128, 256, 512)  # the larger of K and V, in a 2-byte dtype; float32 takes the row of twice its width
 
@@ -36,8 +36,12 @@ HOPPER = {
     ("delta", 128): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     ("delta", 256): ((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
     ("delta", 512): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    ("channel delta", 64): ((16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2)),
+    ("channel delta", 128): ((16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
+    ("channel delta", 256): ((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    ("channel delta", 512): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
-INTERPRETER = {(kind, width): ((32 if kind == "delta" else 64, 32, 1, 1),) * len(KERNELS) for kind in KINDS for width in WIDTHS}
+INTERPRETER = {(kind, width): ((32 if "delta" in kind else 64, 32, 1, 1),) * len(KERNELS) for kind in KINDS for width in WIDTHS}
 TABLE = {"sm_80": HOPPER, "sm_90": HOPPER, "sm_100": HOPPER, "gfx942": HOPPER, "interpreter": INTERPRETER}
 ARCHITECTURES = tuple(name for name in TABLE if name != "interpreter")
 

@@ -41,7 +41,7 @@ class Pass:
 
     def tile(self, kernel: str) -> Tile:
         if self.beta is not None:
-            kind = "delta"
+            kind = "channel delta" if self.decay == "channel" else "delta"
         elif self.decay == "channel":
             kind = "channel"
         else:
