@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 MAX_WIDTH = 256
+LEAST = 4  # chunks per segment: joining segments is one more launch, and shorter ones are not worth it
 PROGRAMS = 528  # two waves of two programs on each of 132 multiprocessors
 
 
@@ -65,5 +66,5 @@ def chunks_per_segment(T: int, C: int, programs: int) -> int:
     From shapes alone, so results do not vary from run to run.
     """
     chunks = max(1, -(-T // C))
-    segments = min(chunks, max(1, -(-PROGRAMS // max(1, programs))))
+    segments = min(-(-chunks // LEAST), max(1, -(-PROGRAMS // max(1, programs))))
     return -(-chunks // segments)

@@ -47,6 +47,7 @@ def compare(case, programs=1):
     gold = whole(case, "reference", double=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "PROGRAMS", programs)
+        patch.setattr(tiles, "LEAST", 1)
         got = whole(case, "triton")
     check(case, "triton", got, whole(case, "eager"), gold)
 

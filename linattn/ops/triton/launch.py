@@ -4,9 +4,9 @@ import torch
 
 from ..form import Form, boundary_rows
 from ..tiles import power_of_two
+from .decoding import step as one_token
 from .gradients import row_factors
 from .passes import NoDecay, Pass
-from .decoding import step as one_token
 
 
 def _passes(q, k, v, log_decay, beta, cu_seqlens, form: Form) -> list[tuple[slice, Pass]]:
