@@ -124,6 +124,23 @@ def scores(x, y, ell, OWN: tl.constexpr, LATER: tl.constexpr, DECAY: tl.constexp
 
 
 @triton.jit
+def scores_both(x, y, ell, r, LATER: tl.constexpr, DECAY: tl.constexpr):
+    """Scores from both sides, a token's own once: by clock ℓ where row i is on the LATER side of j (or the earlier one), by r elsewhere."""
+    if DECAY == "channel":
+        P = scores(x, y, ell, 1.0, LATER, DECAY) + scores(x, y, r, 0.0, not LATER, DECAY)
+    elif DECAY == "none":
+        P = dot(x, tl.trans(y))
+    else:
+        i = tl.arange(0, ell.shape[0])
+        if LATER:
+            left = i[:, None] > i[None, :]
+        else:
+            left = i[:, None] < i[None, :]
+        P = dot(x, tl.trans(y)) * tl.exp2(-tl.abs(tl.where(left, ell[:, None] - ell[None, :], r[:, None] - r[None, :])))
+    return P
+
+
+@triton.jit
 def spread(dP, y, ell, OWN: tl.constexpr, LATER: tl.constexpr, DECAY: tl.constexpr):
     """Gradient of `scores` to x [C K], from dP [C C] and y."""
     if DECAY == "channel":

@@ -11,7 +11,7 @@ All sums stay inside the chunk; summed over the whole sequence instead, rounding
 import triton
 import triton.language as tl
 
-from .gate import carried_z, clock, dot, faded, gates, read, scores, spread, unclock
+from .gate import carried_z, clock, dot, faded, gates, read, scores, scores_both, spread, unclock
 from .layout import column, first_row, gradient, locate, put, put_column, tile, tokens
 from .state import entering, entering_z
 
@@ -135,9 +135,10 @@ def bwd_dkv(
             for head in range(G):
                 b_q = tile(q, first, step, live, H * G, h * G + head, jk, K)
                 dn = gradient(do, factor, scale, first, step, live, H * G, h * G + head, jv, V, NORMALIZE)
-                P = scores(b_k, b_q, ell, OWN, False, DECAY)
                 if BOTH:
-                    P += scores(b_k, b_q, r, 0.0, True, DECAY)
+                    P = scores_both(b_k, b_q, ell, r, False, DECAY)
+                else:
+                    P = scores(b_k, b_q, ell, OWN, False, DECAY)
                 acc += dot(P.to(dn.dtype), dn)
             if WRITES:
                 acc += tile(dwrites, first, step, live, H, h, jv, V)

@@ -6,7 +6,7 @@ The state from the left is carried in registers; bidirectional calls read the on
 import triton
 import triton.language as tl
 
-from .gate import carried, carried_z, clock, dot, faded, gates, read, read_z, scores, written
+from .gate import carried, carried_z, clock, dot, faded, gates, read, read_z, scores, scores_both, written
 from .layout import first_row, locate, matrix, put, put_column, put_matrix, put_vector, tile, tokens, vector
 from .state import entering, entering_z
 
@@ -54,11 +54,13 @@ def output(
             if WRITES:
                 put(writes, u, first, step, live & speaks, H, h, jv, V)
             b_u = u.to(b_u.dtype)
-        P = scores(b_q, b_k, ell, OWN, True, DECAY)  # emit
+        if BOTH:  # emit
+            r = clock(b_g, LEAVING_RIGHT)
+            P = scores_both(b_q, b_k, ell, r, True, DECAY)
+        else:
+            P = scores(b_q, b_k, ell, OWN, True, DECAY)
         out = read(b_q, S, ell, DECAY)
         if BOTH:
-            r = clock(b_g, LEAVING_RIGHT)
-            P += scores(b_q, b_k, r, 0.0, False, DECAY)
             row = (chunk_row + c) * H + h
             out += read(b_q, entering(states, fades, incoming, row, right_row, jk, jv, K, V, DECAY, SCANNED), L - r, DECAY)
         out = (out + dot(P.to(b_u.dtype), b_u)) * scale
