@@ -11,7 +11,10 @@ import linattn
 from linattn.ops import tiles
 
 widen_bfloat16()
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy inside the interpreter, for masked lanes
+pytestmark = [  # of NumPy, inside the interpreter
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # in lanes that are masked
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),  # Triton 3.6
+]
 
 FORMS = [
     Case(decay=decay, delta=delta, direction=direction, B=1, H=1, T=40, widths=(8, 6))

@@ -103,7 +103,7 @@ def _walk(
                 du = tl.where(head == 0, read(b_k, S, L - ell, DECAY), du) + dot(P.to(b_y.dtype), b_y)
                 if WRITES:
                     du += tl.where(head == 0, tile(dwrites, first, step, live, heads, h, jv, V), 0.0)
-                put(writes, du, first, step, live & (head == G - 1), heads, h, jv, V)
+                put(writes, du, first, step, live & (0 * step + head == G - 1), heads, h, jv, V)
             else:
                 b_y = (b_y - dot(b_w, S.to(b_w.dtype))).to(b_y.dtype)
                 put(writes, b_y, first, step, live, heads, h, jv, V)
