@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
+from linattn.ops import tiles
 from linattn.ops.tiles import ARCHITECTURES, WIDTHS
 
 SPILLS = 16  # bytes of spill stores that are tolerated
-SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 MATRIX = {
     "sm_80": r"\bmma\.sync",
     "sm_90": r"\bwgmma\.mma_async|\bmma\.sync",
-    "sm_100": r"\btcgen05\.mma|\bmma\.sync",
     "gfx942": r"\bv_mfma",
 }
 WITHOUT_MATRIX = ("seg_scan", "seg_sum", "row_factors", "step")
@@ -83,6 +83,11 @@ class Row:
     assembler: str = ""
     error: str = ""
     faults: tuple[str, ...] = field(default=())
+
+
+def _has_tiles(arch: str, form: str, width: int) -> bool:
+    decay, delta, causal, _ = FORMS[form]
+    return all(tiles.row(decay, delta, both, width, width, 2) in tiles.TABLE[arch] for both in (False, not causal))
 
 
 def launches(form: str, width: int, arch: str) -> list[Launch]:
@@ -150,9 +155,7 @@ def assemblers(arch: str) -> list[Path | None]:
     if arch.startswith("gfx"):
         return [None]
     folder = Path(triton.__file__).parent / "backends/nvidia/bin"
-    names = ("ptxas-blackwell", "ptxas") if arch == "sm_100" else ("ptxas", "ptxas-blackwell")
-    present = [folder / name for name in names if (folder / name).exists()]
-    return present[:1] if arch == "sm_100" else present
+    return [folder / name for name in ("ptxas", "ptxas-blackwell") if (folder / name).exists()]
 
 
 def examine(launch: Launch, arch: str, form: str, width: int) -> Iterator[Row]:
@@ -229,6 +232,8 @@ def run(archs=ARCHITECTURES, widths=WIDTHS[:3], forms=tuple(FORMS), told=lambda 
     for arch in archs:
         for width in widths:
             for form in forms:
+                if not _has_tiles(arch, form, width):
+                    continue
                 for launch in launches(form, width, arch):
                     key = (arch, width, form, launch.kernel.__name__, str(sorted(launch.options.items())), launch.arguments.get("GRAD"))
                     if key in seen:

@@ -42,16 +42,27 @@ HOPPER = {
     ("channel delta", 256): ((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
     ("channel delta", 512): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
+# Without wgmma four warps hold too many accumulators; AMD has twice the registers at four warps and half the shared memory.
+AMPERE = HOPPER | {("one", 64): ((64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2))}
+CDNA = {
+    ("one", 64): HOPPER["one", 64],
+    ("both", 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+}
 INTERPRETER = {(kind, width): ((32 if "delta" in kind else 64, 32, 1, 1),) * len(KERNELS) for kind in KINDS for width in WIDTHS}
-TABLE = {"sm_80": HOPPER, "sm_90": HOPPER, "sm_100": HOPPER, "gfx942": HOPPER, "interpreter": INTERPRETER}
+TABLE = {"sm_80": AMPERE, "sm_90": HOPPER, "gfx942": CDNA, "interpreter": INTERPRETER}
 ARCHITECTURES = tuple(name for name in TABLE if name != "interpreter")
 
 
-def pick(arch: str, kernel: str, kind: str, K: int, V: int, size: int) -> Tile:
-    """The row for heads of K and V in a dtype of `size` bytes."""
+def row(decay: str, delta: bool, both: bool, K: int, V: int, size: int) -> tuple[str, int]:
+    """Which row of the table a call takes, for heads of K and V in a dtype of `size` bytes."""
+    kind = ("channel delta" if delta else "channel") if decay == "channel" else "delta" if delta else "both" if both else "one"
     wanted = max(power_of_two(K), power_of_two(V)) * max(size, 2) // 2
-    width = next(width for width in WIDTHS if width >= wanted)
-    C, BV, warps, stages = TABLE[arch][kind, width][KERNELS.index(kernel)]
+    return kind, next(width for width in WIDTHS if width >= wanted)
+
+
+def pick(arch: str, kernel: str, at: tuple[str, int], V: int) -> Tile:
+    """The tile of `kernel` in row `at`."""
+    C, BV, warps, stages = TABLE[arch][at][KERNELS.index(kernel)]
     return Tile(C, min(BV, power_of_two(V)), warps, stages)
 
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 
 from ..form import Call, Form
-from ..tiles import ARCHITECTURES, MAX_WIDTH
+from ..tiles import ARCHITECTURES, MAX_WIDTH, TABLE, row
 
 NAME = "triton"
 DEVICE = "cuda"
@@ -28,8 +28,13 @@ def why_not(call: Call) -> str | None:
         return f"tensors on {call.device}: Triton runs on a GPU"
     if not torch.cuda.is_available():
         return "no GPU driver"
-    if architecture() not in ARCHITECTURES:
-        return f"no tiles for {architecture()}; there are tiles for {list(ARCHITECTURES)}"
+    arch = architecture()
+    if arch not in ARCHITECTURES:
+        return f"no tiles for {arch}; there are tiles for {list(ARCHITECTURES)}"
+    for both in (False, not call.causal):
+        at = row(call.decay, call.delta, both, call.K, call.V, call.dtype.itemsize)
+        if at not in TABLE[arch]:
+            return f"no tiles on {arch} for {at[0]!r} at width {at[1]}"
     return None
 
 

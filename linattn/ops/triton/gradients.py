@@ -173,7 +173,7 @@ def bwd_dkv(
         if DECAY == "channel":
             b_dg = tl.sum(b_k * left, 0)[None, :] + tl.where(live, 1.0, 0.0)[:, None] * carried_z(crossing, L, DECAY)[None, :]
         elif DECAY != "none":
-            b_dg = tl.sum(tl.sum(b_k * left, 1), 0) + tl.where(live, 1.0, 0.0) * (tl.sum(crossing, 0) * tl.exp2(L))
+            b_dg = tl.sum(tl.sum(b_k * left, 0), 0) + tl.where(live, 1.0, 0.0) * (tl.sum(crossing, 0) * tl.exp2(L))
         if BOTH:
             right = faded(right, r, DECAY)
         for head in range(G):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..form import KINDS, Form, boundary_rows
-from ..tiles import Tile, chunks_per_segment, pick, power_of_two
+from ..tiles import Tile, chunks_per_segment, pick, power_of_two, row
 from . import architecture
 from .delta import wy, wy_backward
 from .gradients import bwd_dkv, bwd_dq
@@ -40,13 +40,8 @@ class Pass:
         return self.T // span + self.N if self.cu_seqlens is not None else self.N * -(-self.T // span)
 
     def tile(self, kernel: str) -> Tile:
-        if self.beta is not None:
-            kind = "channel delta" if self.decay == "channel" else "delta"
-        elif self.decay == "channel":
-            kind = "channel"
-        else:
-            kind = "both" if self.D == 2 else "one"
-        tile = pick(architecture(), kernel, kind, self.K, self.V, self.k.element_size())
+        at = row(self.decay, self.beta is not None, self.D == 2, self.K, self.V, self.k.element_size())
+        tile = pick(architecture(), kernel, at, self.V)
         return tile._replace(C=16) if self.form.stride % tile.C else tile  # a record falls on the start of a chunk
 
     def cut(self, kernel: str) -> None:
