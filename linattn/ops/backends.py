@@ -5,7 +5,9 @@ import torch
 from . import cpu, eager, oracle, triton
 from .form import Call
 
-BACKENDS = (triton, cpu, eager, oracle)  # in order of preference; `reference` takes every call
+# In order of preference; `reference` takes every call. The Triton kernels have not met a GPU yet: until they have been measured on one,
+# "auto" prefers torch's own and they run where they are asked for by name.
+BACKENDS = (cpu, eager, triton, oracle)
 BY_NAME = {backend.NAME: backend for backend in BACKENDS}
 
 
