@@ -61,7 +61,7 @@ const Kernels& kernels() { return *chosen(); }
 // that fills it; so a freed block is kept for the next output of its size, up to LIMIT bytes in all, and blocks are of huge pages.
 class Pages {
  public:
-  static constexpr size_t SMALLEST = size_t(1) << 21, LIMIT = size_t(1) << 29;
+  static constexpr size_t SMALLEST = size_t(1) << 21, LIMIT = size_t(1) << 30;
   void* take(size_t bytes) {
     {
       std::lock_guard<std::mutex> hold(lock);
