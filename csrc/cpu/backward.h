@@ -53,9 +53,10 @@ STAGE void load_grad(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
 
 // out_i = S y_i + bias_i z, faded per token, or per channel where fade_k is given: rows of value space seen from key space. yT [Vp C].
 STAGE void read_keys(Gradients& s, const float* S, const float* yT, const float* bias, const float* z, const float* fade,
-                     const float* fade_k, float* out) {
+                     const float* fade_k, float* out, const Ahead* ahead = nullptr, int count = 0) {
   blocks(s.Kp, C, [&]<int MR, int NV>(int m, int n) {
     vec acc[MR][NV] = {};
+    for (int i = 0; i < count && n == 0; ++i) ahead[i].ask(m, MR, s.Kp);
     multiply(acc, s.Vp, S + m * s.Vp, s.Vp, 1, yT + n, C);
     for (int r = 0; r < MR; ++r)
       for (int l = 0; l < NV; ++l) store(s.wide + (m + r) * C + n + l * LANES, acc[r][l]);
@@ -91,6 +92,8 @@ STAGE void query_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p
   const int Kp = s.Kp, Vp = s.Vp, rows = least(C, w.length - p);
   const size_t state = s.state;
   const bool normal = a.normalize != PLAIN, channel = a.decay == CHANNEL, decays = a.decay != NONE;
+  const int64_t next = p + C < w.length ? p + C : p;
+  const Ahead ahead[] = {ahead_of(a.k, w, next, w.h, a.K), ahead_of(a.v, w, next, w.h, a.V)};
   load_chunk(a, w, s, p, rows, TRIANGLE, false);
   if ((decays || a.delta) && p % s.anchor == 0) {
     __builtin_memcpy(s.anchors + p / s.anchor * state, s.S, size_t(state) * 4);
@@ -110,7 +113,8 @@ STAGE void query_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p
     load_grad(a, w, s, p, rows, h);
     products(s.dn, Vp, s.uT, channel ? nullptr : s.gate.D, normal ? s.dd : nullptr, s.dP);
     transpose(s.dn, Vp, C, Vp, s.dnT, C);
-    read_keys(s, s.S, s.dnT, normal ? s.dd : nullptr, s.z, s.gate.seen, channel ? s.gate.seen_k : nullptr, s.dq);
+    const Ahead queries[] = {ahead_of(a.grad, w, next, h, a.V), ahead_of(a.q, w, next, h, a.K)};
+    read_keys(s, s.S, s.dnT, normal ? s.dd : nullptr, s.z, s.gate.seen, channel ? s.gate.seen_k : nullptr, s.dq, queries, decays ? 2 : 1);
     if (channel) {
       keep_triangle(s.dP, w.own);
       channel_gather(s.dP, s.k, s.gate, w.leaving, Kp, s.dq);
@@ -131,10 +135,7 @@ STAGE void query_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p
   } else if (decays) {
     for (int r = 0; r < rows; ++r) a.dg[dg_index(a, w, w.token(p + r))] = s.stash[r];
   }
-  const int64_t next = p + C < w.length ? p + C : p, h = w.h * a.G;
-  const Ahead ahead[] = {ahead_of(a.k, w, next, w.h, a.K), ahead_of(a.v, w, next, w.h, a.V), ahead_of(a.grad, w, next, h, a.V),
-                         ahead_of(a.q, w, next, h, a.K)};
-  carry_chunk(a, s, u, normal, false, ahead, decays ? 4 : 3);
+  carry_chunk(a, s, u, normal, false, ahead, 2);
 }
 
 // ⟨S, dS⟩ + ⟨z, dz⟩: the gradient to the logarithm of all that the state was faded by, one number or one per channel.
@@ -199,7 +200,9 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
   }
   float ones[C];
   for (float& x : ones) x = 1.0f;
-  read_keys(s, s.dS, s.uT, normal ? ones : nullptr, s.dz, gate.kept, channel ? gate.kept_k : nullptr, s.dk);
+  const int64_t next = p >= C ? p - C : p;
+  const Ahead ahead[] = {ahead_of(a.k, w, next, w.h, a.K), ahead_of(a.v, w, next, w.h, a.V)};
+  read_keys(s, s.dS, s.uT, normal ? ones : nullptr, s.dz, gate.kept, channel ? gate.kept_k : nullptr, s.dk, ahead, 2);
   // emit
   for (int64_t g = 0; g < a.G; ++g) {
     const int64_t h = w.h * a.G + g;
@@ -207,16 +210,14 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
     load_grad(a, w, s, p, rows, h);
     products(s.dn, Vp, s.uT, channel ? nullptr : gate.D, normal ? s.dd : nullptr, s.dP);
     const bool first = g == 0;
-    const int64_t next = p >= C ? p - C : p;
-    const Ahead ahead[] = {ahead_of(a.k, w, next, w.h, a.K), ahead_of(a.v, w, next, w.h, a.V), ahead_of(a.grad, w, next, h, a.V),
-                           ahead_of(a.q, w, next, h, a.K)};
+    const Ahead queries[] = {ahead_of(a.grad, w, next, h, a.V), ahead_of(a.q, w, next, h, a.K)};
     if (channel) {
       channel_products(s.q, s.kT, gate, w.leaving, Kp, w.own, s.P);
       keep_triangle(s.dP, w.own);
       channel_scatter(s.dP, s.q, gate, w.leaving, Kp, s.dk);
       scale_tile(s.q, gate.seen_k, s.q_seen, Kp);
       gather(s.P, true, s.dn, Vp, s.du);
-      carry(s.dS, Kp, Vp, 1.0f, first ? gate.across_k : nullptr, s.q_seen, false, s.dn, ahead, 4);
+      carry(s.dS, Kp, Vp, 1.0f, first ? gate.across_k : nullptr, s.q_seen, false, s.dn, queries, 2);
       if (normal) carry_z(s.dz, Kp, 1.0f, first ? gate.across_k : nullptr, s.q_seen, s.dd);
     } else {
       products(s.q, Kp, s.kT, gate.D, nullptr, s.P);
@@ -224,13 +225,13 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
       gather(s.P, true, s.dn, Vp, s.du);
       const float across = first ? gate.across : 1.0f;
       if (!decays) {
-        carry(s.dS, Kp, Vp, 1.0f, nullptr, s.q, false, s.dn, ahead, 4);
+        carry(s.dS, Kp, Vp, 1.0f, nullptr, s.q, false, s.dn, queries, 2);
         if (normal) carry_z(s.dz, Kp, 1.0f, nullptr, s.q, s.dd);
       } else {
         float weight[C];
         for (int r = 0; r < C; ++r) weight[r] = gate.seen[r] * s.dd[r];
         scale_rows(s.dn, gate.seen, s.wide, Vp);
-        carry(s.dS, Kp, Vp, across, nullptr, s.q, false, s.wide, ahead, 4);
+        carry(s.dS, Kp, Vp, across, nullptr, s.q, false, s.wide, queries, 2);
         if (normal) carry_z(s.dz, Kp, across, nullptr, s.q, weight);
       }
     }
