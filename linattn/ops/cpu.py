@@ -12,7 +12,8 @@ _FORM = "float scale, bool causal, int gating, int normalize, float eps, int str
 _SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _LIB.define(f"cpu_forward({_INPUTS}, {_FORM}, bool writes) -> {_SEVEN}")
 _LIB.define(
-    f"cpu_backward(Tensor do, Tensor dkv, Tensor dz, Tensor? dbkv, Tensor? dbz, Tensor? dwrites, {_INPUTS}, Tensor o, Tensor d, {_FORM}) -> {_SEVEN}"
+    f"cpu_backward(Tensor do, Tensor dkv, Tensor dz, Tensor? dbkv, Tensor? dbz, Tensor? dwrites, {_INPUTS}, "
+    f"Tensor o, Tensor d, {_FORM}) -> {_SEVEN}"
 )
 _LIB.define(
     "cpu_step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor kv, Tensor? z, "

@@ -77,8 +77,9 @@ def backward(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, c
         if dbkv is None or not starts:
             dstarts = None
         else:  # a recorded boundary is the start of every (stride / C)-th chunk
-            spread = lambda x, like: _spread(x, len(starts), form.stride // options["C"], like)
-            dstarts = spread(dbkv[i], starts[0][0]), spread(None if dbz is None else dbz[i], starts[0][1])
+            every = form.stride // options["C"]
+            S0, Z0 = starts[0]
+            dstarts = _spread(dbkv[i], len(starts), every, S0), _spread(None if dbz is None else dbz[i], len(starts), every, Z0)
         *grads, dS, dZ = chunked.backward(
             run.turn(i, dn), run.turn(i, dd), dkv[i], dz[i], *inputs, starts, **options,
             dstarts=dstarts, du_all=None if dwrites is None else run.turn(i, dwrites[i]),
@@ -178,9 +179,7 @@ def _rows(a, b, n, stride):
 def _packed_forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, form):
     one = lambda n: (kv[:, n : n + 1], z[:, n : n + 1])
     spans = _spans(cu_seqlens)
-    parts = [
-        forward(*(_cut(x, a, b) for x in (q, k, v, log_decay, beta)), *one(n), None, form) for n, (a, b) in enumerate(spans)
-    ]
+    parts = [forward(*(_cut(x, a, b) for x in (q, k, v, log_decay, beta)), *one(n), None, form) for n, (a, b) in enumerate(spans)]
     o, kvs, zs, d, bkvs, bzs, u = zip(*parts, strict=True)
     rows = boundary_rows(q.shape[1], len(spans), form.stride) if form.stride else 0
     bkv = bkvs[0].new_zeros(*bkvs[0].shape[:2], rows, *bkvs[0].shape[3:])

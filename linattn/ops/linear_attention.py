@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from .backends import BY_NAME, choose
-from .form import GATINGS, KINDS, NORMALIZERS, Call, Form, accumulator, boundary_rows
+from .checks import check_options, check_shapes, check_tensors, initial_states, step_is_plain
+from .checks import check_values as look_at_values
+from .form import KINDS, Call, Form, accumulator, boundary_rows
 
-RECORDS = ("boundaries", "writes")
 _STEP_KINDS = {1: "head", 2: "scalar", 3: "channel"}
 
 
@@ -67,18 +68,19 @@ def linear_attention(
     cu_seqlens    [N+1] int32 or int64, with B = 1: packed sequences, empty ones allowed; states are then [N H K V]
     record        any of "boundaries" (states before every `stride`-th token in scan order; packed sequence n that starts at token s has
                   its rows from s // stride + n on) and "writes" (u_t)
-    check_values  look at values too (log_decay <= 0, cu_seqlens monotone and ending at T); None: on CPU tensors only, and not in torch.compile
+    check_values  look at values too (log_decay <= 0, cu_seqlens monotone and ending at T); None: on CPU tensors only, not in torch.compile
     backend       "auto", or a name in `linattn.BACKENDS`
 
     Returns o [B T HQ V] in q's dtype and State (None unless return_state), and third a Record where `record` is not empty. Gradients reach
     every floating tensor, from o, the state and the record. Raises ValueError before any work for every bad argument.
-    Sources: arXiv:2006.16236 (linear), 2312.06635 (chunkwise form, channel decay), 2406.06484, 2412.06464 (delta rule), 2502.16249 (bidirectional).
+    Sources: arXiv:2006.16236 (linear), 2312.06635 (chunkwise form, channel decay), 2406.06484 and 2412.06464 (delta rule), 2502.16249
+    (bidirectional).
     """
     normalizer = {False: "none", True: "sum"}.get(normalize, normalize)
-    _check_shapes(q, k, v, log_decay, beta, cu_seqlens)
-    _check_options(causal, gating, log_decay, beta, normalizer, eps, offset, scale, record, stride)
+    check_shapes(q, k, v, log_decay, beta, cu_seqlens)
+    check_options(causal, gating, log_decay, beta, normalizer, eps, offset, scale, record, stride)
     if check_values or (check_values is None and q.device.type == "cpu" and not torch.compiler.is_compiling()):
-        _check_values(log_decay, cu_seqlens, q.shape[1])
+        look_at_values(log_decay, cu_seqlens, q.shape[1])
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     if offset:  # the constant is one more key that every query meets with weight offset / scale
         pad = torch.nn.functional.pad
@@ -86,13 +88,11 @@ def linear_attention(
     kind = KINDS[0 if log_decay is None else log_decay.ndim]
     acc = accumulator(q.dtype)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    kv, z = _initial(initial_state, normalizer, causal, (sequences, *k.shape[2:], v.shape[-1]), q.device, acc)
+    kv, z = initial_states(initial_state, normalizer, causal, (sequences, *k.shape[2:], v.shape[-1]), q.device, acc)
     log_decay = None if log_decay is None else log_decay.to(acc)
     beta = None if beta is None else beta.to(acc)
     name = choose(Call(q.device.type, q.dtype, kind, beta is not None, causal, k.shape[-1], v.shape[-1]), backend)
-    form = Form(
-        scale, causal, gating or "target", normalizer, float(eps), stride if "boundaries" in record else 0, "writes" in record
-    )
+    form = Form(scale, causal, gating or "target", normalizer, float(eps), stride if "boundaries" in record else 0, "writes" in record)
     tensors = (q, k, v, log_decay, beta, kv, z, cu_seqlens)
     if name == "reference":  # plain autograd, never behind torch.library
         o, kv, z, bkv, bz, u = BY_NAME[name].run(*tensors, form)
@@ -130,14 +130,14 @@ def step(
         raise ValueError(f"state must be a linattn.State(kv, z); got {type(state).__name__}")
     kv, z = state
     normalizer = {False: "none", True: "sum"}.get(normalize, normalize)
-    if not offset and _step_is_plain(q, k, v, log_decay, beta, kv, z, normalizer):  # the decoding loop: one check, one crossing
+    if not offset and step_is_plain(q, k, v, log_decay, beta, kv, z, normalizer):  # the decoding loop: one check, one crossing
         kind = "none" if log_decay is None else _STEP_KINDS[log_decay.ndim]
         name = choose(Call(q.device.type, q.dtype, kind, beta is not None, True, k.shape[2], v.shape[2]), backend)
         if name != "reference":
             form = Form(k.shape[2] ** -0.5 if scale is None else scale, True, "target", normalizer, eps, 0, False)
             o, kv, z = BY_NAME[name].step(q, k, v, log_decay, beta, kv, z, form)
             return o, State(kv, z)
-    _check_tensors({"q": q, "k": k, "v": v, "state.kv": kv}, {"log_decay": log_decay, "beta": beta, "state.z": z})
+    check_tensors({"q": q, "k": k, "v": v, "state.kv": kv}, {"log_decay": log_decay, "beta": beta, "state.z": z})
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3:
             raise ValueError(f"{name} must be [B H {'V' if name == 'v' else 'K'}], of 3 dimensions: one token; got shape {tuple(x.shape)}")
@@ -147,143 +147,6 @@ def step(
         initial_state=state, return_state=True, check_values=False, backend=backend,
     )  # fmt: skip
     return o[:, 0], new
-
-
-# -- checks: plain `if`, so that torch.compile reads them --------------------------------------------------------------------------------
-
-
-def _step_is_plain(q, k, v, log_decay, beta, kv, z, normalizer) -> bool:
-    """Whether the arguments fit together without a conversion and want no gradient; if not, the general path sees to them."""
-    given = (q, k, v, kv, *(x for x in (log_decay, beta, z) if x is not None))
-    for x in given:
-        if not isinstance(x, Tensor) or x.device != given[0].device:
-            return False
-    if q.dtype != k.dtype or q.dtype != v.dtype or any(x.dtype != accumulator(q.dtype) for x in given[3:]):
-        return False
-    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3 or (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
-        return False
-    (B, H, K), V = k.shape, v.shape[2]
-    return (
-        kv.shape == (B, H, K, V)
-        and v.shape[:2] == (B, H)
-        and q.shape[0] == B
-        and q.shape[2] == K
-        and q.shape[1] % H == 0
-        and (log_decay is None or log_decay.shape in ((H,), (B, H), (B, H, K)))
-        and (beta is None or beta.shape == (B, H))
-        and normalizer in NORMALIZERS
-        and (z is None) == (normalizer == "none")
-        and (z is None or z.shape == (B, H, K))
-    )
-
-
-def _check_tensors(needed, optional):
-    for name, x in needed.items():
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
-    for name, x in optional.items():
-        if x is not None and not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a torch.Tensor or None; got {type(x).__name__}")
-
-
-def _check_shapes(q, k, v, log_decay, beta, cu_seqlens):
-    _check_tensors({"q": q, "k": k, "v": v}, {"log_decay": log_decay, "beta": beta, "cu_seqlens": cu_seqlens})
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} must be [B T H {'V' if name == 'v' else 'K'}], of 4 dimensions; got shape {tuple(x.shape)}")
-    B, T, HQ, K = q.shape
-    H, V = k.shape[2], v.shape[3]
-    if min(HQ, H, K, V) == 0:
-        raise ValueError(f"heads and widths must be at least 1; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
-    if k.shape != (B, T, H, K):
-        raise ValueError(f"k must be [B T H K] = {(B, T, H, K)} to go with q {tuple(q.shape)}; got {tuple(k.shape)}")
-    if v.shape != (B, T, H, V):
-        raise ValueError(f"v must be [B T H V] = {(B, T, H, V)} to go with k {tuple(k.shape)}; got {tuple(v.shape)}")
-    if HQ % H:
-        raise ValueError(f"q must have a multiple of the {H} heads of k and v; got {HQ} heads")
-    if q.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"q must be float64, float32, bfloat16 or float16; got {q.dtype}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} must have the dtype of q, {q.dtype}; got {x.dtype}")
-    if log_decay is not None and log_decay.shape not in ((H,), (B, T, H), (B, T, H, K)):
-        raise ValueError(
-            f"log_decay must be None, [H] = {(H,)}, [B T H] = {(B, T, H)} or [B T H K] = {(B, T, H, K)}; got {tuple(log_decay.shape)}"
-        )
-    if beta is not None and beta.shape != (B, T, H):
-        raise ValueError(f"beta must be [B T H] = {(B, T, H)} to go with k {tuple(k.shape)}; got {tuple(beta.shape)}")
-    if cu_seqlens is not None:
-        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"cu_seqlens must be [N+1] int32 or int64 with N >= 1; got shape {tuple(cu_seqlens.shape)}, {cu_seqlens.dtype}"
-            )
-        if B != 1:
-            raise ValueError(f"cu_seqlens needs the sequences packed into one row, B = 1; got q {tuple(q.shape)}")
-    for name, x in (("k", k), ("v", v), ("log_decay", log_decay), ("beta", beta), ("cu_seqlens", cu_seqlens)):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}; got {x.device}")
-        if x is not None and name in ("log_decay", "beta") and not x.is_floating_point():
-            raise ValueError(f"{name} must be of a floating dtype; got {x.dtype}")
-
-
-def _check_options(causal, gating, log_decay, beta, normalizer, eps, offset, scale, record, stride):
-    if gating is not None and gating not in GATINGS:
-        raise ValueError(f"gating must be one of {list(GATINGS)}; got {gating!r}")
-    if causal and gating is not None:
-        raise ValueError(f"gating is a convention of bidirectional calls, causal=False; got gating={gating!r} with causal=True")
-    if not causal and gating is None and log_decay is not None and log_decay.ndim > 1:
-        raise ValueError(
-            f"gating must be chosen from {list(GATINGS)} where causal=False and log_decay varies in time: the three differ; got None"
-        )
-    if normalizer not in NORMALIZERS:
-        raise ValueError(f"normalize must be False, True, 'sum' or 'clamp'; got {normalizer!r}")
-    for name, x in (("eps", eps), ("offset", offset), ("scale", 1.0 if scale is None else scale)):
-        if not isinstance(x, (int, float)):
-            raise ValueError(f"{name} must be a number; got {type(x).__name__}")
-    if scale is not None and offset and scale == 0:
-        raise ValueError("scale must not be 0 where offset is given")
-    if offset and (beta is not None or (log_decay is not None and log_decay.ndim == 4)):
-        raise ValueError("offset has no meaning with beta or with a channel log_decay [B T H K]: a constant has no channel to decay in")
-    if not isinstance(record, (tuple, list)) or any(name not in RECORDS for name in record):
-        raise ValueError(f"record must be a sequence of names out of {list(RECORDS)}; got {record!r}")
-    if not isinstance(stride, int) or stride < 16 or stride % 16:
-        raise ValueError(f"stride must be a positive multiple of 16; got {stride}")
-
-
-def _check_values(log_decay, cu_seqlens, T):
-    if log_decay is not None and log_decay.numel() and (worst := log_decay.detach().amax()) > 0:
-        raise ValueError(f"log_decay must be <= 0, a natural logarithm of a decay in (0, 1]; its largest value is {worst.item():.6g}")
-    if cu_seqlens is not None:
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != T:
-            raise ValueError(f"cu_seqlens must run from 0 to T = {T}; got {ends[0]} to {ends[-1]}")
-        if any(a > b for a, b in zip(ends[:-1], ends[1:], strict=True)):
-            raise ValueError(f"cu_seqlens must not decrease; got {ends if len(ends) < 20 else '…'}")
-
-
-def _initial(state, normalizer, causal, shape, device, acc) -> tuple[Tensor, Tensor]:
-    """Initial state with its directions axis explicit, zeros where none was given: kv [D N H K V], z [D N H K]."""
-    lead = (1, *shape) if causal else (2, *shape)
-    normal = normalizer != "none"
-    if state is None:
-        return torch.zeros(lead, device=device, dtype=acc), torch.zeros(lead[:-1], device=device, dtype=acc)
-    if not isinstance(state, tuple) or len(state) != 2:
-        raise ValueError(f"initial_state must be a linattn.State(kv, z); got {type(state).__name__}")
-    kv, z = state
-    _check_tensors({"initial_state.kv": kv}, {"initial_state.z": z})
-    wanted = shape if causal else lead
-    dims = "B H K V" if causal else "2 B H K V"
-    if kv.shape != wanted:
-        raise ValueError(f"initial_state.kv must be [{dims}] = {tuple(wanted)}; got {tuple(kv.shape)}")
-    if (z is None) == normal:
-        raise ValueError(f"initial_state.z must be {'given' if normal else 'None'} with normalize={normalizer!r}; got the opposite")
-    if z is not None and z.shape != wanted[:-1]:
-        raise ValueError(f"initial_state.z must be [{dims[:-2]}] = {tuple(wanted[:-1])}; got {tuple(z.shape)}")
-    for name, x in (("kv", kv), ("z", z)):
-        if x is not None and (x.device != device or not x.is_floating_point()):
-            raise ValueError(f"initial_state.{name} must be floating, on {device}; got {x.dtype} on {x.device}")
-    z = torch.zeros(lead[:-1], device=device, dtype=acc) if z is None else z.to(acc).reshape(lead[:-1])
-    return kv.to(acc).reshape(lead), z
 
 
 # -- torch.library: schema, kernel, fake and autograd, once ------------------------------------------------------------------------------

@@ -73,8 +73,7 @@ def chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, leav
     qs = [x.unflatten(1, (k.shape[2], -1)) for x in cut(q)]
     betas = [None] * len(qs) if beta is None else cut(beta[..., None])
     return [
-        Chunk(q_c, k_c, v_c, b_c, *clock(g_c, leaving))
-        for q_c, k_c, v_c, b_c, g_c in zip(qs, cut(k), cut(v), betas, cut(g), strict=True)
+        Chunk(q_c, k_c, v_c, b_c, *clock(g_c, leaving)) for q_c, k_c, v_c, b_c, g_c in zip(qs, cut(k), cut(v), betas, cut(g), strict=True)
     ]
 
 
