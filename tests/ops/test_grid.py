@@ -76,11 +76,11 @@ def test_every_instruction_set(case, isa):
 )
 def test_whole_grid(facts):
     decay, delta, direction, normalize = facts
-    for T, dtype, groups in itertools.product((0, 1, 37, 64, 257), (torch.float64, *NARROW), (1, 3)):
+    for T, dtype, groups in itertools.product((1, 37, 64, 257), NARROW, (1, 3)):
         case = Case(
-            decay=decay, delta=delta, direction=direction, normalize=normalize, T=T, dtype=dtype, groups=groups,
-            packed=T % 2 == 0, record=RECORDS[3], widths=(16, 16) if groups == 1 else (33, 48),
+            decay=decay, delta=delta, direction=direction, normalize=normalize, T=T, dtype=dtype, groups=groups, B=1,
+            packed=T == 64, record=RECORDS[3], widths=(16, 16) if groups == 1 else (33, 48),
         )  # fmt: skip
         for backend in PRESENT:
-            if takes(backend, case):
+            if backend != "reference" and takes(backend, case):  # the reference is the gold here
                 compare(case, backend)
