@@ -205,7 +205,8 @@ def _program() -> str:
 
 
 def _command() -> str:
-    return f"{_program()} {shlex.join(sys.argv[1:])}"
+    """The same for a record, which names no folder of the machine it was made on."""
+    return f"python -m linattn {shlex.join(sys.argv[1:])}"
 
 
 def _facts(threads: int) -> dict[str, Any]:
