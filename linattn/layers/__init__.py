@@ -3,10 +3,12 @@
 from .convolution import ShortConvolution
 from .features import FEATURES
 from .linear_attention import LayerState, LinearAttention
+from .mixer import Mixer
 from .mlp import SwiGLU
 from .softmax import SoftmaxAttention, SoftmaxState
 from .variants import VARIANTS, Variant
 
 __all__ = [
-    "FEATURES", "VARIANTS", "LayerState", "LinearAttention", "ShortConvolution", "SoftmaxAttention", "SoftmaxState", "SwiGLU", "Variant",
+    "FEATURES", "VARIANTS", "LayerState", "LinearAttention", "Mixer", "ShortConvolution", "SoftmaxAttention", "SoftmaxState", "SwiGLU",
+    "Variant",
 ]  # fmt: skip

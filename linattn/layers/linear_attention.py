@@ -1,19 +1,20 @@
-"""The only module that calls the operator: x → q, k, v, decay, beta → operator → gated norm → out, for every linear variant."""
+"""The layer: x → q, k, v → short convolution → mixer → gated norm → out, for every linear variant."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import State, linear_attention, step
+from ..ops import State
 from .convolution import ShortConvolution
 from .decays import Place, gate_dtype
 from .features import FEATURES
 from .linear import Linear, residual_std, without_weight_decay
+from .mixer import Mixer
 from .norm import GatedRMSNorm
 from .packing import check_input, sequences, token_positions
 from .position import rotate, rotation
-from .variants import Variant, variant_of
+from .variants import Gating, Variant, variant_of
 
 
 class LayerState(NamedTuple):
@@ -29,7 +30,8 @@ class LinearAttention(nn.Module):
 
     num_kv_heads  heads of k, v, decay, beta and state; each serves num_heads / num_kv_heads query heads. None: num_heads
     expand_k      K = dim · expand_k / num_heads, the width of one key head; V likewise by expand_v. None: the variant's
-    causal        False: every token sees every other, with the operator's `gating`, and there is no state. A short convolution stays causal
+    causal        False: every token sees every other, with the operator's `gating` (None: the variant's), and there is no state. A short
+                  convolution stays causal
     layer_idx     of num_layers: the place in the stack, which sets lightning's decays and the start of o_proj
     backend       as in `linattn.linear_attention`
 
@@ -49,7 +51,7 @@ class LinearAttention(nn.Module):
         expand_k: float | None = None,
         expand_v: float | None = None,
         causal: bool = True,
-        gating: str | None = None,
+        gating: Gating = None,
         layer_idx: int = 0,
         num_layers: int = 1,
         norm_eps: float = 1e-5,
@@ -62,7 +64,6 @@ class LinearAttention(nn.Module):
             raise ValueError(f"num_kv_heads must be None where one key serves all values (multi_value); got {num_kv_heads}")
         if not 0 <= layer_idx < num_layers:
             raise ValueError(f"layer_idx must lie in [0, num_layers={num_layers}); got {layer_idx}")
-        self.causal, self.gating, self.backend = causal, gating, backend
         self.key_dim = K = head_width(dim, v.expand_k if expand_k is None else expand_k, num_heads, "expand_k")
         self.value_dim = V = head_width(dim, v.expand_v if expand_v is None else expand_v, num_heads, "expand_v")
         H = self.num_kv_heads
@@ -70,8 +71,7 @@ class LinearAttention(nn.Module):
         self.widths = [K if v.multi_value else num_heads * K, K if v.multi_value else H * K, H * V]
         self.q_proj, self.k_proj, self.v_proj = (Linear(dim, width) for width in self.widths)
         self.conv = ShortConvolution(sum(self.widths), v.conv, bias=v.conv_bias) if v.conv else None
-        self.decay = v.decay(Place(dim, H, K, layer_idx, num_layers))
-        self.b_proj = Linear(dim, H) if v.delta else None
+        self.mixer = Mixer(v, Place(dim, H, K, layer_idx, num_layers), causal=causal, gating=gating, backend=backend)
         self.D = without_weight_decay(nn.Parameter(torch.ones(num_heads))) if v.skip else None
         self.g_proj: nn.Module | None = Linear(dim, num_heads * V) if v.gate else None
         if v.gate and v.gate_low_rank:
@@ -81,53 +81,44 @@ class LinearAttention(nn.Module):
 
     def extra_repr(self) -> str:
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}"
-        return f"{self.dim}, {heads}, {self.variant.source}" + ("" if self.causal else f", causal=False, gating={self.gating!r}")
+        return f"{self.dim}, {heads}"
 
     def forward(
-        self, x: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None, *, return_state: bool = False
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        return_state: bool = False,
     ) -> tuple[Tensor, LayerState | None]:
         """x [B T dim] → y [B T dim] and the state after it, which is None unless a state was given or return_state asks for one.
 
-        cu_seqlens [N+1] packs N sequences into x [1 T dim]; states are then those of N. A single token with a state and without gradients
-        takes the operator's `step`.
+        cu_seqlens [N+1] packs N sequences into x [1 T dim]; states are then those of N. mask [B T] bool, True for a real token: the others
+        are as if they were not there, but that positions count them; with a state or a short convolution they must come first.
         """
-        check_input(x, self.dim, cu_seqlens)
+        check_input(x, self.dim, cu_seqlens, mask)
         self._check_state(x, state, cu_seqlens, return_state)
         keep, variant = return_state or state is not None, self.variant
         recurrent, conv, seen = (None, None, None) if state is None else state
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.conv is not None:
-            qkv, conv = self.conv(torch.cat([q, k, v], -1), conv, cu_seqlens, return_state=keep)
+            qkv = torch.cat([q, k, v], -1)
+            qkv = qkv if mask is None else qkv.masked_fill(~mask[..., None], 0.0)
+            qkv, conv = self.conv(qkv, conv, cu_seqlens, return_state=keep)
             q, k, v = qkv.split(self.widths, -1)
-        activation, feature = FEATURES[variant.activation], FEATURES[variant.feature]
+        activation = FEATURES[variant.activation]
         q, k = (activation(t).unflatten(-1, (-1, self.key_dim)) for t in (q, k))  # [B T H K]
         v = activation(v).unflatten(-1, (-1, self.value_dim))  # [B T H V]
         if variant.rope:
             positions = token_positions(x.shape[1], seen, cu_seqlens, x.device)
             table = rotation(positions, self.key_dim, dtype=gate_dtype(x))
             q, k = rotate(q, table), rotate(k, table)
-        q, k = feature(q), feature(k)
-        if variant.multi_value:
-            q, k = (t.expand(-1, -1, self.num_heads, -1) for t in (q, k))
-        log_decay, write = self.decay(x)
-        beta = None if self.b_proj is None else self.b_proj(x).to(gate_dtype(x)).sigmoid()
-        written = v if write is None else v * write[..., None].to(v.dtype)
-        o, recurrent = self._attend(q, k, written, log_decay, beta, recurrent, cu_seqlens, keep)
+        o, recurrent = self.mixer(x, q, k, v, recurrent, cu_seqlens, mask, return_state=keep)
         if self.D is not None:
             o = o + self.D[:, None].to(v.dtype) * v
         y = self.o_proj(self.norm(o, None if self.g_proj is None else self.g_proj(x)))
         return y, LayerState(recurrent, conv, self._seen(x, seen, cu_seqlens)) if keep else None
-
-    def _attend(self, q, k, v, log_decay, beta, state, cu_seqlens, keep):
-        how = dict(normalize=self.variant.normalize, scale=self.variant.scale, backend=self.backend)
-        if q.shape[1] == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled():
-            now = lambda t: t if t is None or t.ndim == 1 else t[:, 0]
-            o, state = step(now(q), now(k), now(v), now(log_decay), now(beta), state=state, **how)
-            return o[:, None], state
-        return linear_attention(
-            q, k, v, log_decay, beta, causal=self.causal, gating=self.gating,
-            initial_state=state, return_state=keep, cu_seqlens=cu_seqlens, **how,
-        )  # fmt: skip
 
     def _seen(self, x, seen, cu_seqlens):
         if not self.variant.rope:
@@ -136,7 +127,7 @@ class LinearAttention(nn.Module):
         return seen + (x.shape[1] if cu_seqlens is None else cu_seqlens.diff())
 
     def _check_state(self, x, state, cu_seqlens, return_state):
-        if not self.causal and (return_state or state is not None):
+        if not self.mixer.causal and (return_state or state is not None):
             raise ValueError("a state needs causal=True: nothing comes before or after a sequence that is seen from both sides")
         if state is None:
             return

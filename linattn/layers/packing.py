@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 
-def check_input(x: Tensor, dim: int, cu_seqlens: Tensor | None) -> None:
-    """ValueError unless x is [B T dim] and floating, and cu_seqlens None or [N+1], from 0 to T without decreasing, with B = 1.
+def check_input(x: Tensor, dim: int, cu_seqlens: Tensor | None, mask: Tensor | None = None) -> None:
+    """ValueError unless x is [B T dim] and floating, mask None or bool [B T], cu_seqlens None or [N+1], from 0 to T without decreasing.
 
     The values of cu_seqlens are read on the CPU only, and not under torch.compile.
     """
     if x.ndim != 3 or x.shape[-1] != dim or not x.is_floating_point():
         raise ValueError(f"x must be floating, [B T dim] with dim={dim}; got {x.dtype} {tuple(x.shape)}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2] or cu_seqlens is not None):
+        also = " and no cu_seqlens, which have no padding" if cu_seqlens is not None else ""
+        raise ValueError(f"mask must be bool [B T] = {tuple(x.shape[:2])}{also}; got {mask.dtype} {tuple(mask.shape)}")
     if cu_seqlens is None:
         return
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):

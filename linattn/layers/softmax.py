@@ -79,10 +79,21 @@ class SoftmaxAttention(nn.Module):
         return f"{self.dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, theta={self.theta:g}, causal={self.causal}"
 
     def forward(
-        self, x: Tensor, state: SoftmaxState | None = None, cu_seqlens: Tensor | None = None, *, return_state: bool = False
+        self,
+        x: Tensor,
+        state: SoftmaxState | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        return_state: bool = False,
     ) -> tuple[Tensor, SoftmaxState | None]:
-        """x [B T dim] → y [B T dim] and the state after it, which is None unless a state was given or return_state asks for one."""
-        check_input(x, self.dim, cu_seqlens)
+        """x [B T dim] → y [B T dim] and the state after it, which is None unless a state was given or return_state asks for one.
+
+        mask [B T] bool, True for a real token: the others are seen by none but themselves. Not with a state.
+        """
+        check_input(x, self.dim, cu_seqlens, mask)
+        if mask is not None and (state is not None or return_state):
+            raise ValueError("mask cannot go with a state of softmax attention, whose sequences are uneven by cu_seqlens alone")
         self._check_state(x, state, cu_seqlens, return_state)
         T = x.shape[1]
         seen = None if state is None else _seen(state, x.device)
@@ -94,7 +105,7 @@ class SoftmaxAttention(nn.Module):
             empty = k.new_zeros(sequences(x, cu_seqlens), 0, *k.shape[2:])
             state = SoftmaxState(KeyValues(empty, empty, 0), 0, None)
         if state is None:
-            return self._out(q, k, v, self._mask(T, cu_seqlens, x.device)), None
+            return self._out(q, k, v, self._mask(T, cu_seqlens, mask, x.device)), None
         if cu_seqlens is not None:
             return self._packed(q, k, v, positions, state, cu_seqlens)
         past, after = state.past.append(k, v, state.length, state.seen), None if state.seen is None else state.seen + T
@@ -120,8 +131,11 @@ class SoftmaxAttention(nn.Module):
         visible = (row // max(state.length, 1) == own[:, None]) & (row % max(state.length, 1) <= positions.flatten()[:, None])
         return self._out(q, k, v, visible), state
 
-    def _mask(self, T, cu_seqlens, device):
-        """[T T] of what a packed token sees; None where there is nothing to hide but the future."""
+    def _mask(self, T, cu_seqlens, mask, device):
+        """[T T] of what a packed token sees, [B 1 T T] of a padded one; None where there is nothing to hide but the future."""
+        if mask is not None:
+            visible = mask[:, None, None] | torch.eye(T, dtype=torch.bool, device=device)
+            return visible.tril() if self.causal else visible
         if cu_seqlens is None:
             return None
         own = sequence_of(cu_seqlens, T)

@@ -19,6 +19,8 @@ from .decays import ChannelGate, ChannelStepGate, HeadDecay, NoDecay, Place, Sca
 from .features import FEATURES
 from .norm import GATES, NORMS
 
+Gating = Literal["source", "target", "symmetric"] | None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
@@ -32,11 +34,13 @@ class Variant:
     conv_bias: bool = False
     activation: str = "identity"  # of FEATURES, on q, k and v, after the convolution
     rope: bool = False  # rotary positions on q and k, before the feature map, which must keep its sign
-    feature: str = "identity"  # of FEATURES, on q and k
+    feature: str | Callable[[Place], nn.Module] = "identity"  # of FEATURES, on q and k; or makes a module: (q, k) → (q, k)
     decay: Callable[[Place], nn.Module] = NoDecay
     delta: bool = False  # the delta rule, beta = sigmoid(x W)
     normalize: bool | Literal["sum", "clamp"] = False
     scale: float | None = None  # None: K ** -0.5
+    offset: float = 0.0  # similarity scale · q·k + offset
+    gating: Gating = None  # where causal=False, unless the layer says otherwise
     skip: bool = False  # o + D · v, D per head
     norm: Literal["head", "all"] | None = "head"
     gate: Literal["silu", "sigmoid"] | None = None  # on the output, of a projection of x
@@ -45,7 +49,7 @@ class Variant:
 
     def __post_init__(self):
         for name, known in (("activation", FEATURES), ("feature", FEATURES), ("norm", (*NORMS, None)), ("gate", (*GATES, None))):
-            if getattr(self, name) not in known:
+            if not callable(getattr(self, name)) and getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {list(known)}; got {getattr(self, name)!r}")
 
 

@@ -7,32 +7,32 @@ from .config import DecoderConfig
 
 
 class Block(nn.Module):
-    """x + mixer(norm1(x)), then x + mlp(norm2(x)). `mixer` is an attention layer, or has its signature and state protocol."""
+    """x + attention(norm1(x)), then x + mlp(norm2(x)). `attention` is a layer of either kind, or has its signature and state protocol."""
 
-    def __init__(self, mixer: nn.Module, mlp: nn.Module, dim: int, *, norm_eps: float = 1e-5):
+    def __init__(self, attention: nn.Module, mlp: nn.Module, dim: int, *, norm_eps: float = 1e-5):
         super().__init__()
-        self.norm1, self.mixer = nn.RMSNorm(dim, eps=norm_eps), mixer
+        self.norm1, self.attention = nn.RMSNorm(dim, eps=norm_eps), attention
         self.norm2, self.mlp = nn.RMSNorm(dim, eps=norm_eps), mlp
 
-    def forward(self, x: Tensor, state=None, cu_seqlens: Tensor | None = None, *, return_state: bool = False):
-        """x [B T dim] → the same, and the mixer's state."""
-        y, state = self.mixer(self.norm1(x), state, cu_seqlens, return_state=return_state)
+    def forward(self, x: Tensor, state=None, cu_seqlens: Tensor | None = None, mask: Tensor | None = None, *, return_state: bool = False):
+        """x [B T dim] → the same, and the attention's state. mask [B T]: True for a real token."""
+        y, state = self.attention(self.norm1(x), state, cu_seqlens, mask, return_state=return_state)
         x = x + y
         return x + self.mlp(self.norm2(x)), state
 
 
 def make_block(config: DecoderConfig, layer_idx: int, *, backend: str = "auto") -> Block:
     """Block `layer_idx` of a decoder: the attention its config names there, and SwiGLU."""
-    name = config.mixer(layer_idx)
-    mixer: nn.Module
+    name = config.attention(layer_idx)
+    attention: nn.Module
     if name == "softmax":
-        mixer = SoftmaxAttention(
+        attention = SoftmaxAttention(
             config.dim, config.num_heads, num_kv_heads=config.num_kv_heads, theta=config.rope_theta,
             layer_idx=layer_idx, num_layers=config.num_layers,
         )  # fmt: skip
     else:
-        mixer = LinearAttention(
+        attention = LinearAttention(
             config.dim, config.num_heads, name, num_kv_heads=config.num_kv_heads, expand_k=config.expand_k, expand_v=config.expand_v,
             layer_idx=layer_idx, num_layers=config.num_layers, norm_eps=config.norm_eps, backend=backend,
         )  # fmt: skip
-    return Block(mixer, SwiGLU(config.dim, config.hidden, num_layers=config.num_layers), config.dim, norm_eps=config.norm_eps)
+    return Block(attention, SwiGLU(config.dim, config.hidden, num_layers=config.num_layers), config.dim, norm_eps=config.norm_eps)

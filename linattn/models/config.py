@@ -45,7 +45,7 @@ class DecoderConfig:
         """Width of the feed-forward layer."""
         return self.mlp_dim or -(-8 * self.dim // (3 * 64)) * 64
 
-    def mixer(self, layer_idx: int) -> str:
+    def attention(self, layer_idx: int) -> str:
         """Name of the attention of that layer."""
         return "softmax" if self.softmax_every and (layer_idx + 1) % self.softmax_every == 0 else self.variant
 

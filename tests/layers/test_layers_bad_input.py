@@ -96,3 +96,14 @@ def test_nan_passes_through():
         x[0, 3] = torch.nan
         y, _ = make()(x)
         assert y[0, 3:].isnan().all()  # and, where a chunk is one matrix product, the tokens before it in its chunk: 0 · NaN
+
+
+def test_masks_of_the_wrong_kind():
+    for layer in (make() for make in LAYERS.values()):
+        for mask in (torch.ones(1, 6), torch.ones(1, 5, dtype=torch.bool)):
+            with pytest.raises(ValueError, match=r"mask must be bool \[B T\] = \(1, 6\)"):
+                layer(X, mask=mask)
+        with pytest.raises(ValueError, match="and no cu_seqlens, which have no padding"):
+            layer(X, None, torch.tensor([0, 6]), torch.ones(1, 6, dtype=torch.bool))
+    with pytest.raises(ValueError, match="mask cannot go with a state of softmax attention"):
+        SoftmaxAttention(16, 2)(X, mask=torch.ones(1, 6, dtype=torch.bool), return_state=True)

@@ -1,5 +1,6 @@
 """What holds for every attention layer: one map however the tokens are cut, packed or stepped, and a gradient for every parameter."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -153,8 +154,8 @@ def test_grouped_heads_are_repeated_heads(name):
         if theirs[key].shape != parameter.shape:
             theirs[key] = theirs[key].repeat(2, *[1] * (parameter.ndim - 1))
     if name in ("retnet", "lightning"):  # the rules give two heads two decays
-        plain.decay = plain.variant.decay(grouped.decay.place._replace(heads=1))
-        plain.decay.forward = lambda x: (grouped.decay(x)[0].repeat(2), None)
+        plain.mixer.decay = plain.variant.decay(grouped.mixer.decay.place._replace(heads=1))
+        plain.mixer.decay.forward = lambda x: (grouped.mixer.decay(x)[0].repeat(2), None)
     plain.load_state_dict(theirs)
     x = torch.randn(2, 9, DIM, dtype=torch.float64)
     close(grouped(x)[0], plain(x)[0], 1e-12)
@@ -200,3 +201,49 @@ def test_fullgraph_compile(name):
     close(compiled(x)[0], layer(x)[0], 1e-6)
     cu_seqlens = torch.tensor([0, 4, 9])
     close(compiled(x[:1], None, cu_seqlens)[0], layer(x[:1], None, cu_seqlens)[0], 1e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_is_not_there(name, causal):
+    """Padding first, and garbage in it: what is real is as if alone, its state too."""
+    options = {} if name == "softmax" or causal else {"gating": "target"}
+    layer = make(name, torch.float64, causal=causal, **options)
+    x, pads = torch.randn(3, 11, DIM, dtype=torch.float64), torch.tensor([0, 4, 10])
+    mask = torch.arange(11) >= pads[:, None]
+    padded = torch.where(mask[..., None], x, 1e3)
+    keep = causal and name != "softmax"
+    y, state = layer(padded, mask=mask, return_state=keep)
+    for b, pad in enumerate(pads):
+        alone, own = layer(x[b : b + 1, pad:], return_state=keep)
+        close(y[b, pad:], alone[0], 1e-9)
+        if keep and not layer.variant.rope:  # rotary positions count padding
+            close(state.recurrent.kv[b], own.recurrent.kv[0], 1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if not variant.conv and not variant.rope])
+def test_padding_may_stand_anywhere(name):
+    """But for short convolutions, which see it, and rotary positions, which count it."""
+    layer = make(name, torch.float64, causal=False, gating="target")
+    x, mask = torch.randn(1, 9, DIM, dtype=torch.float64), torch.tensor([[1, 1, 0, 1, 0, 0, 1, 1, 0]]).bool()
+    close(layer(x, mask=mask)[0][:, mask[0]], layer(x[:, mask[0]])[0], 1e-9)
+
+
+class Wider(torch.nn.Module):
+    """(q, k) → (|q| and q, |k| and k): a feature map that makes keys wider."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.key_dim = 2 * place.key_dim
+
+    def forward(self, q, k):
+        return torch.cat([q.abs(), q], -1), torch.cat([k.abs(), k], -1)
+
+
+def test_a_feature_map_may_be_a_module_and_widen_keys():
+    layer = LinearAttention(DIM, HEADS, replace(VARIANTS["gla"], feature=Wider))
+    x = torch.randn(2, 12, DIM)
+    whole, state = layer(x, return_state=True)
+    assert state.recurrent.kv.shape[-2] == 2 * layer.key_dim
+    first, state = layer(x[:, :7], return_state=True)
+    close(torch.cat([first, layer(x[:, 7:], state)[0]], 1), whole, 1e-5)

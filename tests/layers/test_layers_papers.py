@@ -89,8 +89,8 @@ def lightning_attention(m, x):
 
 def mamba2(m, x):
     C, B, value = convolved(m, x)
-    dt = F.softplus(m.decay.proj(x) + m.decay.step.dt_bias)
-    decay = torch.exp(-torch.exp(m.decay.step.A_log) * dt)
+    dt = F.softplus(m.mixer.decay.proj(x) + m.mixer.decay.step.dt_bias)
+    decay = torch.exp(-torch.exp(m.mixer.decay.step.A_log) * dt)
     value, shared = heads(value), lambda t: t[:, None].expand(T, HEADS, -1)
     y = recurrence(shared(C), shared(B), dt[..., None] * value, decay[..., None]) + m.D[:, None] * value
     return rms(y.flatten(-2) * F.silu(m.g_proj(x))) * m.norm.weight
@@ -98,29 +98,29 @@ def mamba2(m, x):
 
 def gla(m, x):
     q, k, v = map(heads, projections(m, x))
-    decay = torch.sigmoid(heads(m.decay.up(m.decay.down(x)))) ** (1 / 16)
+    decay = torch.sigmoid(heads(m.mixer.decay.up(m.mixer.decay.down(x)))) ** (1 / 16)
     o = recurrence(q * m.key_dim**-0.5, k, v, decay)
     return (rms(o) * m.norm.weight).flatten(-2) * F.silu(m.g_proj(x))
 
 
 def delta(m, x):
     q, k, v = map(heads, convolved(m, x))
-    o = recurrence(unit(q) * m.key_dim**-0.5, unit(k), v, None, torch.sigmoid(m.b_proj(x)))
+    o = recurrence(unit(q) * m.key_dim**-0.5, unit(k), v, None, torch.sigmoid(m.mixer.b_proj(x)))
     return (rms(o) * m.norm.weight).flatten(-2)
 
 
 def gated_delta(m, x):
     q, k, v = map(heads, convolved(m, x))
-    decay = torch.exp(-torch.exp(m.decay.step.A_log) * F.softplus(m.decay.proj(x) + m.decay.step.dt_bias))
-    o = recurrence(unit(q) * m.key_dim**-0.5, unit(k), v, decay[..., None], torch.sigmoid(m.b_proj(x)))
+    decay = torch.exp(-torch.exp(m.mixer.decay.step.A_log) * F.softplus(m.mixer.decay.proj(x) + m.mixer.decay.step.dt_bias))
+    o = recurrence(unit(q) * m.key_dim**-0.5, unit(k), v, decay[..., None], torch.sigmoid(m.mixer.b_proj(x)))
     return (rms(o) * m.norm.weight).flatten(-2) * F.silu(m.g_proj(x))
 
 
 def kda(m, x):
     q, k, v = map(heads, convolved(m, x))
-    dt = F.softplus(heads(m.decay.up(m.decay.down(x)) + m.decay.step.dt_bias))
-    decay = torch.exp(-torch.exp(m.decay.step.A_log)[:, None] * dt)
-    o = recurrence(unit(q) * m.key_dim**-0.5, unit(k), v, decay, torch.sigmoid(m.b_proj(x)))
+    dt = F.softplus(heads(m.mixer.decay.up(m.mixer.decay.down(x)) + m.mixer.decay.step.dt_bias))
+    decay = torch.exp(-torch.exp(m.mixer.decay.step.A_log)[:, None] * dt)
+    o = recurrence(unit(q) * m.key_dim**-0.5, unit(k), v, decay, torch.sigmoid(m.mixer.b_proj(x)))
     return (rms(o) * m.norm.weight).flatten(-2) * torch.sigmoid(m.g_proj[1](m.g_proj[0](x)))
 
 
@@ -182,7 +182,7 @@ def test_a_trainable_head_decay_starts_at_its_rule_and_learns(rule):
 
 def test_fixed_decays_are_not_rounded_by_bfloat16():
     layer = LinearAttention(64, 4, "retnet").bfloat16()
-    assert torch.equal(layer.decay(X.bfloat16())[0], HeadDecay(Place(64, 4, 8))(X)[0])
+    assert torch.equal(layer.mixer.decay(X.bfloat16())[0], HeadDecay(Place(64, 4, 8))(X)[0])
 
 
 @pytest.mark.parametrize("gate", [ScalarGate, ChannelStepGate, partial(ScalarGate, a_range=(0.0, 16.0))])
@@ -222,7 +222,7 @@ def test_no_gate_opens_beyond_one_or_overflows():
 
 def test_what_must_not_decay_is_marked():
     marked = {name: {n for n, p in LinearAttention(32, 2, name).named_parameters() if hasattr(p, "_no_weight_decay")} for name in VARIANTS}
-    times = {"decay.step.A_log", "decay.step.dt_bias"}
+    times = {"mixer.decay.step.A_log", "mixer.decay.step.dt_bias"}
     assert marked == {name: set() for name in VARIANTS} | {"mamba2": times | {"D"}, "gated_delta": times, "kda": times}
 
 

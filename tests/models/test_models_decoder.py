@@ -101,9 +101,9 @@ def test_a_few_steps_learn_a_sequence_by_heart():
 
 def test_hybrid_stacks():
     config = DecoderConfig(variant="kda", softmax_every=3, **{**SIZES, "num_layers": 7})
-    kinds = [config.mixer(i) for i in range(7)]
+    kinds = [config.attention(i) for i in range(7)]
     assert kinds == ["kda", "kda", "softmax", "kda", "kda", "softmax", "kda"]
-    assert [isinstance(block.mixer, SoftmaxAttention) for block in Decoder(config).blocks] == [kind == "softmax" for kind in kinds]
+    assert [isinstance(block.attention, SoftmaxAttention) for block in Decoder(config).blocks] == [kind == "softmax" for kind in kinds]
 
 
 def test_fullgraph_compile():
@@ -114,8 +114,8 @@ def test_fullgraph_compile():
 
 def test_layers_know_their_place():
     model = make("lightning", num_layers=4)
-    assert [block.mixer.decay.place.layer_idx for block in model.blocks] == [0, 1, 2, 3]
-    assert {block.mixer.decay.place.num_layers for block in model.blocks} == {4}
+    assert [block.attention.mixer.decay.place.layer_idx for block in model.blocks] == [0, 1, 2, 3]
+    assert {block.attention.mixer.decay.place.num_layers for block in model.blocks} == {4}
 
 
 MILLIONS = {"tiny": (256, 0.9), "small": (8192, 17.4), "base": (50304, 123.8), "350m": (50304, 355.7), "1b": (50304, 1116.0)}
