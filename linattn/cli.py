@@ -65,11 +65,11 @@ def root(
 
 @app.command()
 def train(
+    recipe: Annotated[str | None, typer.Option(help="What is trained, and how: decoder.", show_default="decoder")] = None,
+    option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Option of the recipe's task; repeatable.")] = None,
     preset: Preset = None,
     variant: Variant = None,
-    set_: Annotated[
-        list[str] | None, MODEL("--set", metavar="NAME=VALUE", help="Another field of the decoder's config; repeatable.")
-    ] = None,
+    set_: Annotated[list[str] | None, MODEL("--set", metavar="NAME=VALUE", help="Another field of the model's config; repeatable.")] = None,
     data: Annotated[list[str] | None, DATA(help="Text file or directory; repeatable.", show_default="Python's library")] = None,
     tokenizer: Annotated[str | None, DATA(help="bytes, or bpe (trained on the text).", show_default="bytes")] = None,
     vocab_size: Annotated[int | None, DATA(help="Tokens of bpe.", show_default="4096")] = None,
@@ -92,7 +92,7 @@ def train(
     eval_every: Annotated[int | None, RUN(help="Steps between evaluations.", show_default="a tenth")] = None,
     save_every: Annotated[int | None, RUN(help="Steps between checkpoints.", show_default="a tenth")] = None,
 ) -> None:
-    """Train a decoder on text, from nothing or from where it stopped.
+    """Train a model, a decoder on text unless --recipe says otherwise, from nothing or from where it stopped.
 
     Ctrl-C ends the step, saves, and prints the command that goes on.
     A resumed run gives the losses of an uninterrupted one: on a CPU with the
@@ -103,12 +103,13 @@ def train(
 
     out = out or Path("runs") / f"{preset or 'tiny'}-{variant or 'gla'}"
     options: dict[str, Any] = dict(
-        preset=preset, variant=variant, overrides=_pairs(set_) or None, data=tuple(data) if data else None, tokenizer=tokenizer,
-        vocab_size=vocab_size, held_out=held_out, context=context, batch=batch, steps=steps, lr=lr, warmup=warmup, schedule=schedule,
+        preset=preset, variant=variant, options=_pairs("option", option) or None, overrides=_pairs("set", set_) or None,
+        data=tuple(data) if data else None, tokenizer=tokenizer, vocab_size=vocab_size, held_out=held_out, context=context, batch=batch,
+        steps=steps, lr=lr, warmup=warmup, schedule=schedule,
         weight_decay=weight_decay, clip=clip, seed=seed, precision=precision, device=device, backend=backend, threads=threads,
         eval_every=eval_every, save_every=save_every,
     )  # fmt: skip
-    base = (loop.saved_config(out) if resume == "auto" else None) or recipes.pretrain(preset or "tiny", variant or "gla", steps=steps)
+    base = (loop.saved_config(out) if resume == "auto" else None) or recipes.make(recipe, preset, variant, steps=steps)
     config = replace(base, **{name: value for name, value in options.items() if value is not None})
     again = f"{_program()} train --out {shlex.quote(str(out))} --resume auto"
     run = loop.train(config, out, resume=resume, command=again, console=Console())
@@ -239,13 +240,13 @@ def _integers(name: str, text: str, least: int) -> list[int]:
     return numbers
 
 
-def _pairs(texts: list[str] | None) -> dict[str, object]:
+def _pairs(option: str, texts: list[str] | None) -> dict[str, object]:
     """name=value options; a value is an int, a float, true, false or text."""
     pairs: dict[str, object] = {}
     for text in texts or ():
         name, equals, value = text.partition("=")
         if not (name and equals):
-            raise ValueError(f"set must be NAME=VALUE; got {text!r}")
+            raise ValueError(f"{option} must be NAME=VALUE; got {text!r}")
         pairs[name] = {"true": True, "false": False}.get(value, _number(value))
     return pairs
 

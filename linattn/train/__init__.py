@@ -1,7 +1,8 @@
-"""Training a decoder on text: config, recipes, data, loop, checkpoints, and what is measured and shown afterwards."""
+"""Training: tasks, config, recipes, data, loop, checkpoints, and what is measured and shown afterwards."""
 
 from .config import Config
 from .loop import Run, train
 from .recipes import pretrain
+from .tasks import TASKS, Task
 
-__all__ = ["Config", "Run", "pretrain", "train"]
+__all__ = ["TASKS", "Config", "Run", "Task", "pretrain", "train"]

@@ -13,19 +13,25 @@ FREE_ON_RESUME = ("threads", "device", "backend", "eval_every", "save_every", "k
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that decides a run. Two runs with equal configs, data and thread count give equal losses on a CPU."""
+    """Everything that decides a run, whatever its task; what a task has no use for, it leaves alone.
 
+    Two runs with equal configs, data and thread count give equal losses on a CPU.
+    """
+
+    # what is trained
+    task: str = "decoder"  # a name in linattn.train.TASKS
+    options: dict[str, object] = field(default_factory=dict)  # of the task's own, which it checks
     # the model
     preset: str = "tiny"
     variant: str = "gla"
-    overrides: dict[str, object] = field(default_factory=dict)  # fields of the decoder's config set by name
+    overrides: dict[str, object] = field(default_factory=dict)  # fields of the model's config set by name
     # the data
     data: tuple[str, ...] = ()  # files and directories; none: the Python standard library
     tokenizer: str = "bytes"
     vocab_size: int = 4096  # bpe only: bytes have 256 and an end of document
     held_out: float = 0.05  # share of the documents kept for evaluation
     context: int = 512
-    batch: int = 8  # windows of `context` tokens per step
+    batch: int = 8  # rows per step: windows of `context` tokens, images, …
     # the optimisation
     steps: int = 1000
     lr: float = 3e-3

@@ -57,14 +57,14 @@ def load(paths: tuple[str, ...], *, tokenizer: str | Tokenizer, vocab_size: int,
     return Corpus(train, evaluation, coder, fingerprint.hexdigest(), f"{len(documents)} documents, {size / 1e6:.2f} MB, of {where}")
 
 
-def batch(tokens: Tensor, *, context: int, rows: int, seed: int, step: int) -> Tensor:
-    """Windows of step `step`: int64 [rows, context + 1], inputs and the next token of each.
+def batch(tokens: Tensor, *, context: int, of: int, rows: range, seed: int, step: int) -> Tensor:
+    """Windows `rows` of the `of` ones of step `step`: int64 [len(rows), context + 1], inputs and the next token of each.
 
     Each epoch lays windows end to end from an offset of its own and visits all of them once in an order of its own.
     """
     windows = max(1, (len(tokens) - context) // context)
     offsets = []
-    for i in range(step * rows, (step + 1) * rows):
+    for i in (step * of + row for row in rows):
         epoch, place = divmod(i, windows)
         start, order = _epoch(seed, epoch, windows, min(context, len(tokens) - windows * context))
         offsets.append(start + int(order[place]) * context)

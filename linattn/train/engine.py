@@ -1,21 +1,21 @@
 """The only place that computes: one model on one device, an optimisation step at a time. The loop around it knows neither."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from ..models import Decoder
 from . import optimizer
 from .config import Config
+from .tasks import Batch, Task
 
 OPTIMIZER = "optimizer.safetensors"
 
 
 class Outcome(NamedTuple):
-    loss: float  # nats per token
+    loss: float  # mean over the targets
     grad_norm: float  # before clipping
     skipped: bool  # the loss or a gradient was not finite, so the weights are as they were
 
@@ -32,18 +32,18 @@ def pick_device(name: str) -> torch.device:
 
 
 class Engine:
-    """Steps, evaluates, saves and restores. The model is tokens [B T] -> (logits [B T V], …), parameters, and a way to save them."""
+    """Steps, evaluates, saves and restores. What the model takes and owes, the task knows."""
 
-    def __init__(self, model: Decoder, config: Config, device: torch.device):
-        self.model, self.config, self.device = model.to(device), config, device
+    def __init__(self, model: nn.Module, task: Task, config: Config, device: torch.device):
+        self.model, self.task, self.config, self.device = model.to(device), task, config, device
         self.optimizer = optimizer.make(model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
-    def step(self, tokens: Tensor, lr: float) -> Outcome:
-        """One step on windows [B T+1] at rate `lr`."""
+    def step(self, batch: Batch, lr: float) -> Outcome:
+        """One step on `batch` at rate `lr`."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self._nats(tokens).mean()
+        loss = self._on_device(self.task.losses, batch).mean()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
@@ -53,21 +53,20 @@ class Engine:
         return Outcome(loss.item(), norm.item(), not finite)
 
     @torch.no_grad()
-    def nats(self, tokens: Tensor) -> Tensor:
-        """-log p of each next token of windows [B T+1]: float32 [B T]."""
+    def evaluate(self) -> float:
+        """The task's metric on its held-out data."""
         self.model.eval()
-        return self._nats(tokens)
+        scores = [self._on_device(self.task.score, batch) for batch in self.task.evaluation()]
+        return sum(float(score) for score, _ in scores) / sum(float(weight) for _, weight in scores)
 
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder)  # type: ignore[operator]
         optimizer.save(self.optimizer, self.model, folder / OPTIMIZER)
 
     def restore(self, folder: Path) -> None:
         """Put the optimizer back where `save` left it; the model came from the same folder."""
         optimizer.load(self.optimizer, self.model, folder / OPTIMIZER)
 
-    def _nats(self, tokens: Tensor) -> Tensor:
-        tokens = tokens.to(self.device)
+    def _on_device(self, ask: Callable[[nn.Module, Batch], Any], batch: Batch) -> Any:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            logits, _ = self.model(tokens[:, :-1])
-        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(tokens.shape[0], -1)
+            return ask(self.model, {name: tensor.to(self.device) for name, tensor in batch.items()})

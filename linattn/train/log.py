@@ -7,18 +7,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-COLUMNS = ("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "skipped", "bits_per_byte")
+COLUMNS = ("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "skipped")  # and last the metric of the task
 
 
 class Log:
-    """Rows of COLUMNS, one per step; `bits_per_byte` is the held-out figure after that many steps, where one was taken."""
+    """Rows of COLUMNS and `metric`, one per step; the metric is the held-out figure after that many steps, where one was taken."""
 
-    def __init__(self, path: Path, console: Console, *, start: int, steps: int, title: str):
+    def __init__(self, path: Path, console: Console, *, start: int, steps: int, title: str, metric: str):
         self.path, self.console, self.steps = path, console, steps
         self.broken = False
         before = [row for row in read(path) if row["step"] <= start] if start else []  # later steps come again
         self.skipped = sum(row["skipped"] for row in before)
-        _rewrite(path, before)
+        _rewrite(path, (*COLUMNS, metric), before)
         self.file = path.open("a", newline="")
         self.writer = csv.writer(self.file)
         self.quiet_until = time.monotonic()
@@ -39,8 +39,8 @@ class Log:
     def say(self, message: str) -> None:
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
-    def row(self, step: int, *, tokens: int, loss="", grad_norm="", lr="", tokens_per_s="", skipped=0, bits_per_byte="") -> None:
-        self._write((step, tokens, loss, grad_norm, lr, tokens_per_s, skipped, bits_per_byte))
+    def row(self, step: int, *, tokens: int, loss="", grad_norm="", lr="", tokens_per_s="", skipped=0, metric="") -> None:
+        self._write((step, tokens, loss, grad_norm, lr, tokens_per_s, skipped, metric))
         if loss == "":
             return
         self.skipped += skipped
@@ -66,19 +66,19 @@ def read(path: Path) -> list[dict]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0] != COLUMNS[0]]
+        names, *rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS) + 1] or [[]]
     integers = {"step", "tokens", "skipped"}
     number = lambda name, cell: None if cell == "" else int(cell) if name in integers else float(cell)
-    return [{name: number(name, cell) for name, cell in zip(COLUMNS, row, strict=True)} for row in rows]
+    return [{name: number(name, cell) for name, cell in zip(names, row, strict=True)} for row in rows]
 
 
-def _rewrite(path: Path, rows: list[dict]) -> None:
+def _rewrite(path: Path, names: tuple[str, ...], rows: list[dict]) -> None:
     beside = path.with_suffix(".tmp")
     try:
         with beside.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(["" if row[name] is None else row[name] for name in COLUMNS] for row in rows)
+            writer.writerow(names)
+            writer.writerows(["" if row[name] is None else row[name] for name in names] for row in rows)
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)

@@ -25,6 +25,17 @@ def pretrain(preset: str = "tiny", variant: str = "gla", *, steps: int | None = 
     )  # fmt: skip
 
 
+RECIPES = {"decoder": pretrain}  # (preset, variant, *, steps) -> Config, with defaults for both names
+
+
+def make(recipe: str | None, preset: str | None, variant: str | None, *, steps: int | None) -> Config:
+    """What `linattn train --recipe` starts from; None: the decoder's, and what a recipe itself prefers. ValueError lists the recipes."""
+    if (recipe or "decoder") not in RECIPES:
+        raise ValueError(f"recipe must be one of {list(RECIPES)}; got {recipe!r}")
+    names = {name: value for name, value in (("preset", preset), ("variant", variant)) if value is not None}
+    return RECIPES[recipe or "decoder"](**names, steps=steps)
+
+
 def demo(variant: str, *, steps: int | None = None) -> Config:
     """About a minute on two cores: the same numbers for every variant, so that the curves can be compared."""
     return pretrain("tiny", variant, steps=steps or DEMO_STEPS)

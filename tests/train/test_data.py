@@ -77,7 +77,7 @@ def test_bad_corpora_are_refused(make, said, tmp_path):
 
 
 TOKENS = torch.arange(1000)
-WINDOWS = dict(context=16, rows=4)
+WINDOWS = dict(context=16, of=4, rows=range(4))
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
@@ -88,6 +88,8 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert torch.equal(first, data.batch(TOKENS, seed=1, step=7, **WINDOWS))
     assert not torch.equal(first, data.batch(TOKENS, seed=2, step=7, **WINDOWS))
     assert not torch.equal(first, data.batch(TOKENS, seed=1, step=8, **WINDOWS))
+    halves = [data.batch(TOKENS, seed=1, step=7, context=16, of=4, rows=rows) for rows in (range(2), range(2, 4))]
+    assert torch.equal(first, torch.cat(halves))  # however the rows are split
     assert torch.equal(first[:, 1:] - first[:, :-1], torch.ones(4, 16, dtype=torch.int64))  # windows are contiguous
 
 

@@ -18,6 +18,7 @@ from linattn.train.data import standard_library
 from linattn.train.engine import Engine
 from linattn.train.log import read
 from linattn.train.stop import Stop
+from linattn.train.tasks import DecoderTask
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,11 +65,11 @@ class StopAfter(Stop):
         self.steps = 0
         step = Engine.step
 
-        def counting(engine, tokens, lr):
+        def counting(engine, batch, lr):
             self.steps += 1
             if self.steps == self.at:
                 os.kill(os.getpid(), signal.SIGINT)
-            return step(engine, tokens, lr)
+            return step(engine, batch, lr)
 
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(Engine, "step", counting)
@@ -119,7 +120,7 @@ def test_another_run_is_refused_naming_what_differs(config, tmp_path, text):
     with pytest.raises(ValueError, match="holds a run at step 1: choose another folder"):
         run(replace(config, steps=1), tmp_path, resume="never")
     (text / "new.txt").write_text("more")
-    with pytest.raises(ValueError, match=r"its data differs: 41 documents.* is not the text it was trained on"):
+    with pytest.raises(ValueError, match=r"its data differs: 41 documents.* is not what it was trained on"):
         run(replace(config, steps=1), tmp_path)
     (text / "new.txt").unlink()
 
@@ -158,21 +159,21 @@ def test_a_full_disk_at_the_last_save_is_an_error(config, tmp_path, monkeypatch)
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(config, tmp_path, monkeypatch):
-    nats, calls = Engine._nats, []
+    losses, calls = DecoderTask.losses, []
 
-    def poisoned(engine, tokens):
-        calls.append(engine.model.training)
-        return nats(engine, tokens) * (math.nan if sum(calls) == 3 and engine.model.training else 1)
+    def poisoned(task, model, batch):
+        calls.append(model.training)
+        return losses(task, model, batch) * (math.nan if sum(calls) == 3 and model.training else 1)
 
-    monkeypatch.setattr(Engine, "_nats", poisoned)
+    monkeypatch.setattr(DecoderTask, "losses", poisoned)
     result, said = run(replace(config, steps=5), tmp_path)
     assert [row["skipped"] for row in result.rows[1:]] == [0, 0, 1, 0, 0] and "1 skipped" in said
     assert math.isnan(result.rows[3]["loss"]) and math.isfinite(result.rows[-1]["bits_per_byte"])
 
 
 def test_a_run_that_stays_not_finite_is_given_up(config, tmp_path, monkeypatch):
-    nats = Engine._nats
-    monkeypatch.setattr(Engine, "_nats", lambda engine, tokens: nats(engine, tokens) * math.inf)
+    losses = DecoderTask.losses
+    monkeypatch.setattr(DecoderTask, "losses", lambda task, model, batch: losses(task, model, batch) * math.inf)
     monkeypatch.setattr(loop, "PATIENCE", 3)
     with pytest.raises(FloatingPointError, match=r"3 steps in a row up to step 3 .*lower lr than 0.01"):
         run(config, tmp_path)
@@ -229,6 +230,8 @@ def test_bad_configs_are_refused(change, said):
 @pytest.mark.parametrize(
     "change, how, said",
     [
+        (dict(task="poetry"), {}, r"task must be one of \['decoder'"),
+        (dict(options=dict(rhyme=True)), {}, "the task decoder has no options of its own; got {'rhyme': True}"),
         (dict(variant="mha"), {}, "variant must be one of"),
         (dict(preset="huge"), {}, "preset must be one of"),
         (dict(overrides=dict(depth=3)), {}, "has no field 'depth'"),
