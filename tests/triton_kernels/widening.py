@@ -1,4 +1,5 @@
-"""The one place that mends Triton's interpreter: it computes bfloat16 on the raw bits, silently wrong, and cannot run autotuned kernels."""
+"""The one place that mends Triton's interpreter: it computes bfloat16 on the raw bits, silently wrong (3.6 to 3.9), gives a comparison the
+type of what was compared, which as a mask it then refuses (3.9), and cannot run autotuned kernels."""
 
 import ast
 
@@ -31,9 +32,10 @@ def widen_bfloat16() -> None:
 
     def binary_op(self, a, b, op):
         if not (is_bfloat16(a) and is_bfloat16(b)):
-            return binary(self, a, b, op)
+            out = binary(self, a, b, op)
+            return Handle(out.data, tl.int1) if out.data.dtype == np.bool_ else out
         out = op(up(a.data), up(b.data))
-        return Handle(out if out.dtype == np.bool_ else down(out), a.dtype.scalar)
+        return Handle(out, tl.int1) if out.dtype == np.bool_ else Handle(down(out), a.dtype.scalar)
 
     def unary_op(self, a, op):
         return Handle(down(op(up(a.data))), a.dtype.scalar) if is_bfloat16(a) else unary(self, a, op)

@@ -61,12 +61,12 @@ def _store_total(totals, total, row, k, here, K: tl.constexpr, DECAY: tl.constex
 @triton.jit
 def _walk(
     x, y, k, w, writes, dwrites, dd, factor, scale, g, initial, initial_z, dbkv, dbz, states, zs, fades, last, last_z, totals,
-    start, length, chunk, chunks, row, last_row, initial_row, record_row, heads, h, iv, G, every, stored,
+    start, length, chunk, chunks, row, last_row, initial_row, record_row, heads, h, iv, G, every, STORED: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr,
     LEAVING: tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr, LEFTWARDS: tl.constexpr, GRAD: tl.constexpr,
     SCANNED: tl.constexpr, RECORD: tl.constexpr, WRITES: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
-    """One segment, one tile of V columns. `stored`: whether the state on entering each chunk is kept."""
+    """One segment, one tile of V columns. STORED: whether the state on entering each chunk is kept."""
     jk, jv = tl.arange(0, BK), iv * BV + tl.arange(0, BV)
     inside = (jk < K)[:, None] & (jv < V)[None, :]
     if SCANNED:
@@ -80,7 +80,7 @@ def _walk(
     else:
         past = 0.0
     for s in tl.range(0, chunks * G, num_stages=PIPE):  # the query heads of a group one after the other
-        head, j = s % G, s // G
+        head, j = s % G + 0 * chunk, s // G  # a tensor, in the interpreter too
         c = chunk + (chunks - 1 - j if LEFTWARDS else j)
         first, step, live = tokens(start, length, c, C, REVERSE)
         b_x = tile(x, first, step, live, heads * G, h * G + head, jk, K)
@@ -90,9 +90,9 @@ def _walk(
             b_y = tile(y, first, step, live, heads, h, jv, V)
         b_g = gates(g, first, step, live, heads, h, jk, K, DECAY)
         at = (row + c * heads).to(tl.int64)
-        keep = stored & (head == 0)
-        tl.store(states + at * (K * V) + jk[:, None] * V + jv[None, :], S.to(states.dtype.element_ty), mask=inside & keep)
-        _store_total(fades, past, at, jk, keep & (iv == 0), K, DECAY)
+        if STORED:
+            tl.store(states + at * (K * V) + jk[:, None] * V + jv[None, :], S.to(states.dtype.element_ty), mask=inside & (head == 0))
+            _store_total(fades, past, at, jk, (head == 0) & (iv == 0), K, DECAY)
         ell, L = clock(b_g, LEAVING), tl.sum(b_g, 0)
         e = ell if LEFTWARDS else L - ell
         if DELTA:
@@ -103,13 +103,14 @@ def _walk(
                 du = tl.where(head == 0, read(b_k, S, L - ell, DECAY), du) + dot(P.to(b_y.dtype), b_y)
                 if WRITES:
                     du += tl.where(head == 0, tile(dwrites, first, step, live, heads, h, jv, V), 0.0)
-                put(writes, du, first, step, live & (0 * step + head == G - 1), heads, h, jv, V)
+                put(writes, du, first, step, live & (head == G - 1), heads, h, jv, V)
             else:
                 b_y = (b_y - dot(b_w, S.to(b_w.dtype))).to(b_y.dtype)
                 put(writes, b_y, first, step, live, heads, h, jv, V)
         L = tl.where(head == 0, L, 0.0)
         if NORMALIZE:
-            tl.store(zs + at * K + jk, z, mask=(jk < K) & keep & (iv == 0))
+            if STORED:
+                tl.store(zs + at * K + jk, z, mask=(jk < K) & (head == 0) & (iv == 0))
             if GRAD:
                 weight = column(dd, first, step, live, heads * G, h * G + head)
             else:
