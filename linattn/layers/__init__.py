@@ -1,6 +1,7 @@
 """Parameters, features, decays and the operator put together: the attention layers and the parts beside them."""
 
 from .convolution import ShortConvolution
+from .curves import snake, snakes
 from .features import FEATURES
 from .linear_attention import LayerState, LinearAttention
 from .mixer import Mixer
@@ -10,5 +11,5 @@ from .variants import VARIANTS, Variant
 
 __all__ = [
     "FEATURES", "VARIANTS", "LayerState", "LinearAttention", "Mixer", "ShortConvolution", "SoftmaxAttention", "SoftmaxState", "SwiGLU",
-    "Variant",
+    "Variant", "snake", "snakes",
 ]  # fmt: skip

@@ -49,6 +49,11 @@ def lightning(h: Tensor, place: Place) -> Tensor:
     return -(8 / place.heads) * (1 - place.layer_idx / place.num_layers) * h
 
 
+def lion(h: Tensor, place: Place) -> Tensor:
+    """log sigmoid(a), a ~ N(0, 1), arXiv:2502.16249: where LION-D's learnt decays start. Each call draws anew."""
+    return F.logsigmoid(torch.randn_like(h))
+
+
 class HeadDecay(nn.Module):
     """[H]: one decay per head, constant in time, by `rule(h, place)` of h = 0 … H−1; trainable=True learns it from there.
 
@@ -101,6 +106,17 @@ class _TimeStep(nn.Module):
         """logit [B T steps] → dt [B T steps], rate = −exp(A_log) [heads]."""
         dtype = gate_dtype(logit)
         return F.softplus(logit.to(dtype) + self.dt_bias.to(dtype)), -self.A_log.to(dtype).exp()
+
+
+class SigmoidGate(nn.Module):
+    """[B T H]: logsigmoid(x W + b): LION-S, arXiv:2502.16249. It starts near log(1/2), a memory of about one token."""
+
+    def __init__(self, place: Place):
+        super().__init__()
+        self.proj = Linear(place.dim, place.heads, bias=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return F.logsigmoid(self.proj(x).to(gate_dtype(x))), None
 
 
 class ScalarGate(nn.Module):

@@ -27,6 +27,12 @@ def l2norm(x: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
+def silu_norm(x: Tensor) -> Tensor:
+    """u / |u| of u = silu(x) + 1/2 > 0.22: positive, of length 1, arXiv:2502.16249."""
+    wide = F.silu(x.to(torch.promote_types(x.dtype, torch.float32))) + 0.5
+    return (wide / wide.norm(dim=-1, keepdim=True)).to(x.dtype)
+
+
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": identity,
     "relu": F.relu,
@@ -34,4 +40,5 @@ FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "softmax": softmax,
     "l2norm": l2norm,
+    "silu_norm": silu_norm,
 }

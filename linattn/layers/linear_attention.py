@@ -32,6 +32,7 @@ class LinearAttention(nn.Module):
     expand_k      K = dim · expand_k / num_heads, the width of one key head; V likewise by expand_v. None: the variant's
     causal        False: every token sees every other, with the operator's `gating` (None: the variant's), and there is no state. A short
                   convolution stays causal
+    curves        2: along two curves, with `prefix` as in `Mixer`; a short convolution and rotary positions stay in the tokens' own order
     layer_idx     of num_layers: the place in the stack, which sets lightning's decays and the start of o_proj
     backend       as in `linattn.linear_attention`
 
@@ -52,6 +53,8 @@ class LinearAttention(nn.Module):
         expand_v: float | None = None,
         causal: bool = True,
         gating: Gating = None,
+        curves: int = 1,
+        prefix: int = 0,
         layer_idx: int = 0,
         num_layers: int = 1,
         norm_eps: float = 1e-5,
@@ -69,15 +72,17 @@ class LinearAttention(nn.Module):
         H = self.num_kv_heads
 
         self.widths = [K if v.multi_value else num_heads * K, K if v.multi_value else H * K, H * V]
-        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, width) for width in self.widths)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, width, bias=v.bias) for width in self.widths)
         self.conv = ShortConvolution(sum(self.widths), v.conv, bias=v.conv_bias) if v.conv else None
-        self.mixer = Mixer(v, Place(dim, H, K, layer_idx, num_layers), causal=causal, gating=gating, backend=backend)
+        self.mixer = Mixer(
+            v, Place(dim, H, K, layer_idx, num_layers), causal=causal, gating=gating, curves=curves, prefix=prefix, backend=backend
+        )
         self.D = without_weight_decay(nn.Parameter(torch.ones(num_heads))) if v.skip else None
         self.g_proj: nn.Module | None = Linear(dim, num_heads * V) if v.gate else None
         if v.gate and v.gate_low_rank:
             self.g_proj = nn.Sequential(Linear(dim, V), Linear(V, num_heads * V, bias=True))
         self.norm = GatedRMSNorm(num_heads, V, across=v.norm, gate=v.gate, gate_first=v.gate_first, eps=norm_eps)
-        self.o_proj = Linear(num_heads * V, dim, std=residual_std(num_layers))
+        self.o_proj = Linear(num_heads * V, dim, bias=v.bias, std=residual_std(num_layers))
 
     def extra_repr(self) -> str:
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}"
@@ -89,18 +94,31 @@ class LinearAttention(nn.Module):
         state: LayerState | None = None,
         cu_seqlens: Tensor | None = None,
         mask: Tensor | None = None,
+        curves: Tensor | None = None,
         *,
+        segment: int | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, LayerState | None]:
         """x [B T dim] → y [B T dim] and the state after it, which is None unless a state was given or return_state asks for one.
 
         cu_seqlens [N+1] packs N sequences into x [1 T dim]; states are then those of N. mask [B T] bool, True for a real token: the others
         are as if they were not there, but that positions count them; with a state or a short convolution they must come first.
+        curves [2 T] int64 where the layer has two. segment: the same y in less memory, where causal=False, from segments of so many tokens
+        at a time (1: the recurrent form): the states from the right are kept at their ends, and no q, k or v is longer than one.
         """
         check_input(x, self.dim, cu_seqlens, mask)
         self._check_state(x, state, cu_seqlens, return_state)
-        keep, variant = return_state or state is not None, self.variant
+        if segment is not None:
+            return self._by_segments(x, segment, cu_seqlens, mask), None
+        keep = return_state or state is not None
         recurrent, conv, seen = (None, None, None) if state is None else state
+        q, k, v, conv = self._heads(x, conv, seen, cu_seqlens, mask, keep)
+        o, recurrent = self.mixer(x, q, k, v, recurrent, cu_seqlens, mask, curves, return_state=keep)
+        return self._out(x, v, o), LayerState(recurrent, conv, self._seen(x, seen, cu_seqlens)) if keep else None
+
+    def _heads(self, x, conv, seen, cu_seqlens, mask, keep):
+        """q [B T HQ K], k [B T H K], v [B T H V] as the mixer takes them, and the convolution's state."""
+        variant = self.variant
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.conv is not None:
             qkv = torch.cat([q, k, v], -1)
@@ -114,11 +132,34 @@ class LinearAttention(nn.Module):
             positions = token_positions(x.shape[1], seen, cu_seqlens, x.device)
             table = rotation(positions, self.key_dim, dtype=gate_dtype(x))
             q, k = rotate(q, table), rotate(k, table)
-        o, recurrent = self.mixer(x, q, k, v, recurrent, cu_seqlens, mask, return_state=keep)
+        return q, k, v, conv
+
+    def _out(self, x, v, o):
         if self.D is not None:
             o = o + self.D[:, None].to(v.dtype) * v
-        y = self.o_proj(self.norm(o, None if self.g_proj is None else self.g_proj(x)))
-        return y, LayerState(recurrent, conv, self._seen(x, seen, cu_seqlens)) if keep else None
+        return self.o_proj(self.norm(o, None if self.g_proj is None else self.g_proj(x)))
+
+    def _by_segments(self, x, segment, cu_seqlens, mask):
+        """Right to left for the state that each segment meets from its right, then left to right with both."""
+        if not isinstance(segment, int) or segment < 1:
+            raise ValueError(f"segment must be a whole number of tokens, at least 1; got {segment!r}")
+        if self.mixer.causal or self.mixer.curves == 2 or self.conv is not None or cu_seqlens is not None:
+            raise ValueError("segment needs causal=False, one curve, no short convolution and no cu_seqlens")
+
+        def attend(start, left, right):
+            part, real = x[:, start : start + segment], None if mask is None else mask[:, start : start + segment]
+            seen = torch.full(x.shape[:1], start, device=x.device)
+            q, k, v, _ = self._heads(part, None, seen, None, real, False)
+            o, state = self.mixer(part, q, k, v, _facing(left, right), None, real, start=start, return_state=True)
+            return part, v, o, state
+
+        starts, rights, left, y = range(0, x.shape[1], segment), [None], None, torch.empty_like(x)
+        for start in reversed(starts[1:]):
+            rights.append(_side(attend(start, None, rights[-1])[3], 1))
+        for start in starts:
+            part, v, o, state = attend(start, left, rights.pop())
+            y[:, start : start + segment], left = self._out(part, v, o), _side(state, 0)
+        return y
 
     def _seen(self, x, seen, cu_seqlens):
         if not self.variant.rope:
@@ -138,6 +179,19 @@ class LinearAttention(nn.Module):
                 raise ValueError(f"state is of another variant: its {name} must be {'given' if has else 'None'}; got the opposite")
         if state.seen is not None and state.seen.shape != (sequences(x, cu_seqlens),):
             raise ValueError(f"state must be of {sequences(x, cu_seqlens)} sequences; got {tuple(state.seen.shape)}")
+
+
+def _facing(left: State | None, right: State | None) -> State | None:
+    """The two-sided state of what came from the left and what comes from the right; None is nothing."""
+    some = left or right
+    if some is None:
+        return None
+    join = lambda i: torch.stack([torch.zeros_like(some[i]) if side is None else side[i] for side in (left, right)])
+    return State(join(0), None if some.z is None else join(1))
+
+
+def _side(state: State, i: int) -> State:
+    return State(state.kv[i].clone(), None if state.z is None else state.z[i].clone())
 
 
 def kv_heads(num_heads: int, num_kv_heads: int | None) -> int:

@@ -3,13 +3,17 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import State, linear_attention, step
-from .decays import Place, gate_dtype
+from .decays import NoDecay, Place, gate_dtype
 from .features import FEATURES
 from .linear import Linear
+from .packing import token_positions
 from .variants import Gating, Variant, variant_of
+
+EPS = 1e-6  # of the operator's normaliser
 
 
 class Elementwise(nn.Module):
@@ -34,21 +38,46 @@ class Mixer(nn.Module):
 
     place    of dim, heads (of k and v), key_dim (before the feature map), layer_idx and num_layers
     causal   False: every token sees every other, with `gating` as in `linattn.linear_attention`; None: the variant's
+    curves   2: the decay reads the tokens along two curves, such as `snakes`, with parameters for each; both share one normaliser, and of
+             unnormalised variants the mean is taken. LION's ♮, arXiv:2502.16249. Needs causal=False and a variant that decays
+    prefix   tokens at the front of every sequence (CLS, registers) at which gates that vary in time forget nothing. Needs causal=False
     backend  as in `linattn.linear_attention`
+
+    Raises ValueError for arguments that do not go together.
     """
 
-    def __init__(self, variant: str | Variant, place: Place, *, causal: bool = True, gating: Gating = None, backend: str = "auto"):
+    def __init__(
+        self,
+        variant: str | Variant,
+        place: Place,
+        *,
+        causal: bool = True,
+        gating: Gating = None,
+        curves: int = 1,
+        prefix: int = 0,
+        backend: str = "auto",
+    ):
         super().__init__()
         self.variant = v = variant_of(variant)
-        self.causal, self.backend = causal, backend
-        self.gating = v.gating if gating is None else gating
+        if causal and (gating is not None or curves != 1 or prefix):
+            raise ValueError(f"gating, curves and prefix need causal=False; got gating={gating!r}, curves={curves}, prefix={prefix}")
+        if curves not in (1, 2):
+            raise ValueError(f"curves must be 1 or 2; got {curves!r}")
+        if curves == 2 and v.decay is NoDecay:
+            raise ValueError("curves=2 needs a variant with a decay: without one no order of the tokens makes a difference")
+        if prefix < 0:
+            raise ValueError(f"prefix must be at least 0; got {prefix}")
+        self.causal, self.curves, self.prefix, self.backend = causal, curves, prefix, backend
+        self.gating: Gating = None if causal else gating or v.gating
         self.feature = Elementwise(v.feature) if isinstance(v.feature, str) else v.feature(place)
         self.key_dim: int = getattr(self.feature, "key_dim", place.key_dim)  # as the operator sees it
         self.decay = v.decay(place._replace(key_dim=self.key_dim))
+        self.second_decay = v.decay(place._replace(key_dim=self.key_dim)) if curves == 2 else None
         self.b_proj = Linear(place.dim, place.heads) if v.delta else None
 
     def extra_repr(self) -> str:
-        return self.variant.source + ("" if self.causal else f", causal=False, gating={self.gating!r}")
+        both = f", causal=False, gating={self.gating!r}, curves={self.curves}, prefix={self.prefix}"
+        return self.variant.source + ("" if self.causal else both)
 
     def forward(
         self,
@@ -59,28 +88,29 @@ class Mixer(nn.Module):
         state: State | None = None,
         cu_seqlens: Tensor | None = None,
         mask: Tensor | None = None,
+        curves: Tensor | None = None,
         *,
+        start: int = 0,
         return_state: bool = False,
     ) -> tuple[Tensor, State | None]:
         """x [B T dim], q [B T HQ K], k [B T H K], v [B T H V], after RoPE and before the feature map → o [B T HQ V] and the state.
 
         mask [B T] bool, True for a real token: the others write nothing and nothing is forgotten at them; their own o means nothing.
+        curves [2 T] int64, two permutations of the tokens, where the mixer has two. start: tokens before the first one here, for `prefix`.
         With multi_value q and k have one head, which serves all those of v. A single token with a state and without gradients takes the
         operator's `step`.
         """
         q, k = self.feature(q, k)
         if self.variant.multi_value:
             q, k = (t.expand(-1, -1, v.shape[2], -1) for t in (q, k))
-        log_decay, write = self.decay(x)
         beta = None if self.b_proj is None else self.b_proj(x).to(gate_dtype(x)).sigmoid()
-        if write is not None:
-            v = v * write[..., None].to(v.dtype)
-        if mask is not None:
-            k, v, log_decay = silence(mask, k, v, log_decay)
+        if self.second_decay is not None:
+            return self._along_both(x, q, k, v, beta, cu_seqlens, mask, _two(curves, x.shape[1])), None
+        k, v, log_decay = self._write(self.decay, x, k, v, cu_seqlens, mask, start)
         how: dict[str, Any] = dict(
             normalize=self.variant.normalize, scale=self.variant.scale, offset=self.variant.offset, backend=self.backend
         )
-        if q.shape[1] == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled():
+        if self.causal and q.shape[1] == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled():
             now = lambda t: t if t is None or t.ndim == 1 else t[:, 0]
             o, state = step(now(q), now(k), now(v), now(log_decay), now(beta), state=state, **how)
             return o[:, None], state
@@ -88,6 +118,46 @@ class Mixer(nn.Module):
             q, k, v, log_decay, beta, causal=self.causal, gating=self.gating,
             initial_state=state, return_state=return_state, cu_seqlens=cu_seqlens, **how,
         )  # fmt: skip
+
+    def _write(self, decay, x, k, v, cu_seqlens, mask, start=0):
+        """k, v and log_decay as the operator takes them."""
+        log_decay, write = decay(x)
+        if write is not None:
+            v = v * write[..., None].to(v.dtype)
+        if self.prefix and log_decay is not None and log_decay.ndim > 1:
+            front = token_positions(x.shape[1], None, cu_seqlens, x.device) + start < self.prefix
+            log_decay = log_decay.masked_fill(front.view(-1, *[1] * (log_decay.ndim - 2)), 0.0)
+        return (k, v, log_decay) if mask is None else silence(mask, k, v, log_decay)
+
+    def _along_both(self, x, q, k, v, beta, cu_seqlens, mask, curves):
+        """The heads twice, each half in the order of its curve; numerators and denominators are added before the one division."""
+        variant, normal = self.variant, self.variant.normalize
+        sides = [self._write(decay, x, k, v, cu_seqlens, mask) for decay in (self.decay, self.second_decay)]
+        k, v, log_decay = zip(*sides, strict=True)
+        if normal:
+            v = tuple(F.pad(t, (0, 1), value=1.0) for t in v)  # a value of 1 sums up to the denominator
+
+        def lay(pair):
+            along = [t if t.ndim == 1 else t[:, order] for t, order in zip(pair, curves, strict=True)]
+            return torch.cat(along, min(pair[0].ndim - 1, 2))
+
+        o, _ = linear_attention(
+            lay((q, q)), lay(k), lay(v), lay(log_decay), None if beta is None else lay((beta, beta)), causal=False, gating=self.gating,
+            scale=variant.scale, offset=variant.offset, cu_seqlens=cu_seqlens, backend=self.backend,
+        )  # fmt: skip
+        first, second = (half[:, order.argsort()] for half, order in zip(o.chunk(2, 2), curves, strict=True))
+        o = (first + second) / 2
+        if not normal:
+            return o
+        total = o[..., -1:]
+        return o[..., :-1] / (total.clamp(min=EPS) if normal == "clamp" else total + EPS)
+
+
+def _two(curves: Tensor | None, T: int) -> Tensor:
+    if curves is None or curves.shape != (2, T) or curves.dtype != torch.int64:
+        got = None if curves is None else f"{curves.dtype} {tuple(curves.shape)}"
+        raise ValueError(f"curves must be int64 [2 T] = (2, {T}), as `linattn.layers.snakes` makes them of a grid; got {got}")
+    return curves
 
 
 def silence(mask: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -6,6 +6,9 @@ What a line does not name is the plainest choice of `Variant`; projections have 
     lightning      decays by the formula of 2401.04658 in the layer of MiniMax-01, arXiv:2501.08313
     mamba2         keys of 2 · dim / num_heads channels, as wide as values, so that num_heads alone sets the state
     gated_delta    the released layer's ratio of widths to dim, for any num_heads, and its A ~ U(0, 16)
+    lion_*         bidirectional, causal=False, with the paper's feature map; with elu1, as its code has it, lion_lit is linear with biases
+    …_mlm          its masked-language-model form: no feature map and no normaliser; without the dropout on scores, which are never formed
+    gating         "target" where a paper is causal: the same recurrence read from both ends
 """
 
 from collections.abc import Callable
@@ -15,7 +18,7 @@ from typing import Literal
 
 from torch import nn
 
-from .decays import ChannelGate, ChannelStepGate, HeadDecay, NoDecay, Place, ScalarGate, lightning
+from .decays import ChannelGate, ChannelStepGate, HeadDecay, NoDecay, Place, ScalarGate, SigmoidGate, lightning, lion
 from .features import FEATURES
 from .norm import GATES, NORMS
 
@@ -27,6 +30,7 @@ class Variant:
     """A point in feature × decay × write × output; `LinearAttention` reads it and nothing else does."""
 
     source: str  # the paper
+    bias: bool = False  # of the projections of q, k, v and of the output
     expand_k: float = 1.0  # width of all keys of num_heads heads / dim
     expand_v: float = 1.0
     multi_value: bool = False  # one query and one key head, shared by all value heads
@@ -40,9 +44,9 @@ class Variant:
     normalize: bool | Literal["sum", "clamp"] = False
     scale: float | None = None  # None: K ** -0.5
     offset: float = 0.0  # similarity scale · q·k + offset
-    gating: Gating = None  # where causal=False, unless the layer says otherwise
+    gating: Gating = "target"  # where causal=False, unless the layer says otherwise
     skip: bool = False  # o + D · v, D per head
-    norm: Literal["head", "all"] | None = "head"
+    norm: Literal["head", "all", "layer"] | None = "head"
     gate: Literal["silu", "sigmoid"] | None = None  # on the output, of a projection of x
     gate_low_rank: bool = False  # that projection through the width of one value head, with bias
     gate_first: bool = False  # gate, then norm
@@ -67,6 +71,15 @@ VARIANTS = {
                            decay=partial(ScalarGate, a_range=(0.0, 16.0)), delta=True, gate="silu"),
     "kda": Variant(source="arXiv:2510.26692", conv=4, activation="silu", feature="l2norm", decay=ChannelStepGate, delta=True,
                    gate="sigmoid", gate_low_rank=True),
+    "lion_lit": Variant(source="arXiv:2502.16249", bias=True, feature="silu_norm", normalize=True, norm=None),
+    "lion_d": Variant(source="arXiv:2502.16249", bias=True, feature="silu_norm", decay=partial(HeadDecay, rule=lion, trainable=True),
+                      normalize=True, gating="source", norm=None),
+    "lion_s": Variant(source="arXiv:2502.16249", bias=True, feature="silu_norm", decay=SigmoidGate, normalize=True, gating="source",
+                      norm=None),
+    "lion_lit_mlm": Variant(source="arXiv:2502.16249", bias=True, norm="layer"),
+    "lion_d_mlm": Variant(source="arXiv:2502.16249", bias=True, decay=partial(HeadDecay, rule=lion, trainable=True), gating="source",
+                          norm=None),
+    "lion_s_mlm": Variant(source="arXiv:2502.16249", bias=True, decay=SigmoidGate, gating="source", norm=None),
 }
 # fmt: on
 
