@@ -186,8 +186,9 @@ def _facing(left: State | None, right: State | None) -> State | None:
     some = left or right
     if some is None:
         return None
-    join = lambda i: torch.stack([torch.zeros_like(some[i]) if side is None else side[i] for side in (left, right)])
-    return State(join(0), None if some.z is None else join(1))
+    nothing = State(torch.zeros_like(some.kv), None if some.z is None else torch.zeros_like(some.z))
+    left, right = left or nothing, right or nothing
+    return State(torch.stack([left.kv, right.kv]), None if left.z is None or right.z is None else torch.stack([left.z, right.z]))
 
 
 def _side(state: State, i: int) -> State:
