@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "linattn.ops": ("BACKENDS", "Record", "Refusal", "State", "linear_attention", "step", "why_not"),
     "linattn.layers": ("VARIANTS", "LinearAttention", "SoftmaxAttention"),
-    "linattn.models": ("Decoder", "DecoderConfig"),
+    "linattn.models": ("Decoder", "DecoderConfig", "Encoder", "EncoderConfig", "VisionConfig", "VisionTransformer"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -16,7 +16,7 @@ __all__ = [*_HOME_OF, "__version__"]
 
 if TYPE_CHECKING:
     from .layers import VARIANTS, LinearAttention, SoftmaxAttention
-    from .models import Decoder, DecoderConfig
+    from .models import Decoder, DecoderConfig, Encoder, EncoderConfig, VisionConfig, VisionTransformer
     from .ops import BACKENDS, Record, Refusal, State, linear_attention, step, why_not
 
 

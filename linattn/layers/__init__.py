@@ -5,11 +5,11 @@ from .curves import snake, snakes
 from .features import FEATURES
 from .linear_attention import LayerState, LinearAttention
 from .mixer import Mixer
-from .mlp import SwiGLU
+from .mlp import MLP, SwiGLU
 from .softmax import SoftmaxAttention, SoftmaxState
 from .variants import VARIANTS, Variant
 
 __all__ = [
-    "FEATURES", "VARIANTS", "LayerState", "LinearAttention", "Mixer", "ShortConvolution", "SoftmaxAttention", "SoftmaxState", "SwiGLU",
-    "Variant", "snake", "snakes",
+    "FEATURES", "MLP", "VARIANTS", "LayerState", "LinearAttention", "Mixer", "ShortConvolution", "SoftmaxAttention", "SoftmaxState",
+    "SwiGLU", "Variant", "snake", "snakes",
 ]  # fmt: skip

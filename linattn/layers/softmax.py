@@ -48,10 +48,11 @@ class SoftmaxState(NamedTuple):
 
 
 class SoftmaxAttention(nn.Module):
-    """softmax(q kᵀ / √K) v by `torch.nn.functional.scaled_dot_product_attention`, with rotary positions of base `theta`.
+    """softmax(q kᵀ / √K) v by `torch.nn.functional.scaled_dot_product_attention`, with rotary positions of base `theta`, or none (None).
 
     num_kv_heads  heads of k and v; each serves num_heads / num_kv_heads query heads. None: num_heads
     causal        False: every token sees every other; there is then no state
+    bias          of the four projections
 
     Packed sequences are attended to through a [T T] mask. With a state, which holds every key and value so far, they are unpacked into it:
     that reads the longest of them from the device.
@@ -64,7 +65,8 @@ class SoftmaxAttention(nn.Module):
         *,
         num_kv_heads: int | None = None,
         causal: bool = True,
-        theta: float = 10000.0,
+        theta: float | None = 10000.0,
+        bias: bool = False,
         layer_idx: int = 0,
         num_layers: int = 1,
     ):
@@ -72,11 +74,11 @@ class SoftmaxAttention(nn.Module):
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, kv_heads(num_heads, num_kv_heads)
         self.causal, self.theta = causal, theta
         self.head_dim = K = head_width(dim, 1, num_heads, "1")
-        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, H * K) for H in (num_heads, self.num_kv_heads, self.num_kv_heads))
-        self.o_proj = Linear(num_heads * K, dim, std=residual_std(num_layers))
+        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, H * K, bias=bias) for H in (num_heads, self.num_kv_heads, self.num_kv_heads))
+        self.o_proj = Linear(num_heads * K, dim, bias=bias, std=residual_std(num_layers))
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, theta={self.theta:g}, causal={self.causal}"
+        return f"{self.dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, theta={self.theta}, causal={self.causal}"
 
     def forward(
         self,
@@ -98,9 +100,10 @@ class SoftmaxAttention(nn.Module):
         T = x.shape[1]
         seen = None if state is None else _seen(state, x.device)
         positions = token_positions(T, seen, cu_seqlens, x.device)  # [T] or [B T]
-        table = rotation(positions, self.head_dim, theta=self.theta, dtype=gate_dtype(x))
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B T H K]
-        q, k = rotate(q, table), rotate(k, table)
+        if self.theta is not None:
+            table = rotation(positions, self.head_dim, theta=self.theta, dtype=gate_dtype(x))
+            q, k = rotate(q, table), rotate(k, table)
         if return_state and state is None:
             empty = k.new_zeros(sequences(x, cu_seqlens), 0, *k.shape[2:])
             state = SoftmaxState(KeyValues(empty, empty, 0), 0, None)

@@ -3,7 +3,13 @@
 from .block import Block
 from .config import DecoderConfig
 from .decoder import Decoder, next_token_loss
+from .encoder import Encoder, EncoderConfig, masked_token_loss
 from .generation import decode, prefill
 from .presets import PRESETS
+from .vision import ImageAttention, VisionTransformer
+from .vision_config import VisionConfig
 
-__all__ = ["PRESETS", "Block", "Decoder", "DecoderConfig", "decode", "next_token_loss", "prefill"]
+__all__ = [
+    "PRESETS", "Block", "Decoder", "DecoderConfig", "Encoder", "EncoderConfig", "ImageAttention", "VisionConfig", "VisionTransformer",
+    "decode", "masked_token_loss", "next_token_loss", "prefill",
+]  # fmt: skip

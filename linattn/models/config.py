@@ -1,6 +1,7 @@
 """The only place that knows what a decoder can be told: one frozen dataclass, checked when made."""
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from ..layers import VARIANTS
 
@@ -10,6 +11,8 @@ MIXERS = (*VARIANTS, "softmax")
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """The sizes of a decoder. ValueError for sizes below 1 and for names that are not known."""
+
+    MODEL_TYPE: ClassVar[str] = "linattn_decoder"
 
     vocab_size: int
     variant: str = "gla"  # a name in linattn.VARIANTS, or "softmax"
@@ -50,8 +53,8 @@ class DecoderConfig:
         return "softmax" if self.softmax_every and (layer_idx + 1) % self.softmax_every == 0 else self.variant
 
 
-def check_fields(values: dict, what: str) -> None:
-    """ValueError that lists the known fields of a config, if `values` has others."""
-    known = [field.name for field in fields(DecoderConfig)]
+def check_fields(values: dict, what: str, kind: type = DecoderConfig) -> None:
+    """ValueError that lists the known fields of a config of that kind, if `values` has others."""
+    known = [field.name for field in fields(kind)]
     if unknown := [name for name in values if name not in known]:
         raise ValueError(f"{what} has no field {', '.join(map(repr, unknown))}; there are {known}")

@@ -97,7 +97,7 @@ class Decoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, backend: str = "auto") -> "Decoder":
         """The decoder saved in `folder`, in the dtypes it was saved in. ValueError or FileNotFoundError says what is wrong with it."""
-        config = storage.read_config(Path(folder))
+        config = storage.read_config(Path(folder), DecoderConfig)
         with torch.random.fork_rng(devices=()):  # a start that is overwritten at once draws no one's numbers
             model = cls(config, backend=backend)
         storage.load(model, config, Path(folder))

@@ -1,27 +1,28 @@
-"""The only place that knows a decoder's files: config.json and model.safetensors, in one folder."""
+"""The only place that knows a model's files: config.json and model.safetensors, in one folder."""
 
 import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from .config import DecoderConfig, check_fields
+from .config import check_fields
 
-MODEL_TYPE = "linattn_decoder"
+C = TypeVar("C")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FLOATING = ("F64", "F32", "BF16", "F16")  # as safetensors calls them
 
 
-def save(model: nn.Module, config: DecoderConfig, folder: Path) -> None:
+def save(model: nn.Module, config: Any, folder: Path) -> None:
     """Write both files beside their places, sync, and rename them into place. A full disk leaves what was there as it was: OSError says so.
 
     The weights carry the config too, so that files of two different saves are told apart.
     """
-    text = json.dumps({"model_type": MODEL_TYPE, **asdict(config)}, indent=2) + "\n"
+    text = json.dumps({"model_type": config.MODEL_TYPE, **asdict(config)}, indent=2) + "\n"
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     beside = {name: folder / f".{name}.partial" for name in (WEIGHTS, CONFIG)}
     try:
@@ -39,8 +40,8 @@ def save(model: nn.Module, config: DecoderConfig, folder: Path) -> None:
     _sync(folder)
 
 
-def read_config(folder: Path) -> DecoderConfig:
-    """The config in `folder`. FileNotFoundError for a missing folder or file, ValueError for one that is not ours."""
+def read_config(folder: Path, kind: type[C]) -> C:
+    """The config of that kind in `folder`. FileNotFoundError for a missing folder or file, ValueError for one that is not ours."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder} to load a model from")
     for name in (CONFIG, WEIGHTS):
@@ -52,18 +53,19 @@ def read_config(folder: Path) -> DecoderConfig:
     except ValueError as error:  # of json, or of the text's encoding
         raise ValueError(f"{path} cannot be read: {error}") from None
     found = values.pop("model_type", None) if isinstance(values, dict) else f"no object but {type(values).__name__}"
-    if found != MODEL_TYPE:
-        raise ValueError(f"{path} is not of a linattn decoder: model_type must be {MODEL_TYPE!r}; got {found!r}")
-    check_fields(values, str(path))
+    wanted = kind.MODEL_TYPE  # type: ignore[attr-defined]
+    if found != wanted:
+        raise ValueError(f"{path} is not of a {wanted.replace('_', ' ')}: model_type must be {wanted!r}; got {found!r}")
+    check_fields(values, str(path), kind)
     try:
-        return DecoderConfig(**values)
+        return kind(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def load(model: nn.Module, config: DecoderConfig, folder: Path) -> None:
+def load(model: nn.Module, config: Any, folder: Path) -> None:
     """Give `model` the weights in `folder`, in the dtypes they have there. ValueError says which names, shapes or config fields differ."""
-    path, parameters = folder / WEIGHTS, dict(model.named_parameters())
+    path, parameters = folder / WEIGHTS, model.state_dict(keep_vars=True)  # parameters, and buffers that are saved
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
@@ -71,7 +73,8 @@ def load(model: nn.Module, config: DecoderConfig, folder: Path) -> None:
             if problems:
                 raise ValueError(f"{path} does not fit its {CONFIG}: {'; '.join(problems)}")
             saved = json.loads((file.metadata() or {}).get("config", "{}"))
-            here = {name: value for name, value in asdict(config).items() if saved and saved.get(name) != value}
+            asked = json.loads(json.dumps(asdict(config)))  # as JSON has it: a tuple is a list
+            here = {name: value for name, value in asked.items() if saved and saved.get(name) != value}
             there = {name: saved.get(name) for name in here}
             if here:
                 raise ValueError(f"{path} and {CONFIG} are of different saves: {there} in the one, {here} in the other")
@@ -81,7 +84,7 @@ def load(model: nn.Module, config: DecoderConfig, folder: Path) -> None:
         raise ValueError(f"{path} is truncated, or no safetensors file: {error}") from None
 
 
-def _differences(slices: dict, parameters: dict[str, nn.Parameter]) -> list[str]:
+def _differences(slices: dict, parameters: dict[str, Tensor]) -> list[str]:
     """One line each for names that lack, names that are foreign, and tensors of another shape or kind."""
     some = lambda names: f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
     missing, foreign = [name for name in parameters if name not in slices], [name for name in slices if name not in parameters]
@@ -90,7 +93,7 @@ def _differences(slices: dict, parameters: dict[str, nn.Parameter]) -> list[str]
     for name, parameter in parameters.items():
         if name in slices and (shape := tuple(slices[name].get_shape())) != tuple(parameter.shape):
             lines.append(f"{name} must be {tuple(parameter.shape)}; got {shape}")
-        if name in slices and slices[name].get_dtype() not in FLOATING:
+        if name in slices and parameter.is_floating_point() and slices[name].get_dtype() not in FLOATING:
             lines.append(f"{name} must be of {FLOATING}; got {slices[name].get_dtype()}")
     return lines
 
