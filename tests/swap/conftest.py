@@ -1,0 +1,12 @@
+"""One thread for tensors this small: two would wait for each other more than they compute."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
