@@ -17,7 +17,7 @@ def register_hf(feature: str = "elu1", *, name: str | None = None, backend: str 
 
         model.set_attn_implementation(linattn.register_hf("elu1"))          the name is "linattn-elu1"
 
-    feature  one of "relu", "elu1", "softmax" of `linattn.layers.FEATURES`
+    feature  one of "relu", "elu1", "softmax", "silu_norm" of `linattn.layers.FEATURES`
 
     Nothing is added to the model, which saves and loads as before, and generates from transformers' own cache, which grows: for a state of
     constant size, or maps that learn, `swap_attention`. ValueError for another feature, and in use for sliding windows and masks that are

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import VARIANTS, Variant
-from ..layers.decays import ChannelGate, HeadDecay, Place, gate_dtype
+from ..layers.decays import ChannelGate, HeadDecay, Place, SigmoidGate, gate_dtype
 
-POSITIVE = ("relu", "elu1", "softmax")  # of FEATURES: q·k >= 0, so that dividing by the sum gives weights, as softmax does
+POSITIVE = ("relu", "elu1", "softmax", "silu_norm")  # of FEATURES: q·k >= 0, so that dividing by the sum gives weights, as softmax does
 OPEN = 1e-3  # |log-decay| that gates start from where they are to forget nothing yet
 
 
@@ -91,6 +91,8 @@ def open_gates(decay: nn.Module) -> None:
     with torch.no_grad():
         if isinstance(decay, ChannelGate):
             nn.init.constant_(decay.up.bias, -math.log(math.expm1(OPEN * decay.divisor)))
+        if isinstance(decay, SigmoidGate):
+            nn.init.constant_(decay.proj.bias, -math.log(math.expm1(OPEN)))
         if isinstance(decay, HeadDecay) and decay.a is not None:
             nn.init.constant_(decay.a, -math.log(math.expm1(OPEN)))
         for part in decay.modules():
