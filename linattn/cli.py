@@ -44,8 +44,8 @@ MODEL, DATA, OPTIMISATION, MACHINE, RUN, SAMPLING = (
     partial(typer.Option, rich_help_panel=panel) for panel in ("Model", "Data", "Optimisation", "Machine", "Run", "Sampling")
 )
 VARIANTS = (
-    "linear, retnet, lightning, mamba2, gla, delta, gated_delta, kda, lion_lit, lion_d, lion_s, lion_lit_mlm, lion_d_mlm, lion_s_mlm "
-    "or softmax"
+    "linear, retnet, lightning, mamba2, gla, delta, gated_delta, kda, lion_lit, lion_d, lion_s, lion_lit_mlm, lion_d_mlm, lion_s_mlm, "
+    "taylorshift, ecoformer, molformer or softmax"
 )
 Preset = Annotated[str | None, MODEL(help="Size: tiny, small, base, 350m or 1b.", show_default="tiny")]
 Variant = Annotated[str | None, MODEL(help=f"Attention: {VARIANTS}.", show_default="gla")]

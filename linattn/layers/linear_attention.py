@@ -63,8 +63,10 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.variant = v = variant_of(variant)
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, kv_heads(num_heads, num_kv_heads)
-        if v.multi_value and self.num_kv_heads != num_heads:
-            raise ValueError(f"num_kv_heads must be None where one key serves all values (multi_value); got {num_kv_heads}")
+        if (v.multi_value or v.tied) and self.num_kv_heads != num_heads:
+            raise ValueError(
+                f"num_kv_heads must be None where one key serves all values (multi_value) or is the query (tied); got {num_kv_heads}"
+            )
         if not 0 <= layer_idx < num_layers:
             raise ValueError(f"layer_idx must lie in [0, num_layers={num_layers}); got {layer_idx}")
         self.key_dim = K = head_width(dim, v.expand_k if expand_k is None else expand_k, num_heads, "expand_k")
@@ -72,7 +74,9 @@ class LinearAttention(nn.Module):
         H = self.num_kv_heads
 
         self.widths = [K if v.multi_value else num_heads * K, K if v.multi_value else H * K, H * V]
-        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, width, bias=v.bias) for width in self.widths)
+        project = [Linear(dim, width, bias=v.bias) for width in (self.widths[:1] if v.tied else self.widths[:2])]
+        self.q_proj, self.k_proj = project[0], None if v.tied else project[1]
+        self.v_proj = Linear(dim, self.widths[2], bias=v.bias)
         self.conv = ShortConvolution(sum(self.widths), v.conv, bias=v.conv_bias) if v.conv else None
         self.mixer = Mixer(
             v, Place(dim, H, K, layer_idx, num_layers), causal=causal, gating=gating, curves=curves, prefix=prefix, backend=backend
@@ -119,14 +123,16 @@ class LinearAttention(nn.Module):
     def _heads(self, x, conv, seen, cu_seqlens, mask, keep):
         """q [B T HQ K], k [B T H K], v [B T H V] as the mixer takes them, and the convolution's state."""
         variant = self.variant
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, v = self.q_proj(x), self.v_proj(x)
+        k = q if self.k_proj is None else self.k_proj(x)
         if self.conv is not None:
             qkv = torch.cat([q, k, v], -1)
             qkv = qkv if mask is None else qkv.masked_fill(~mask[..., None], 0.0)
             qkv, conv = self.conv(qkv, conv, cu_seqlens, return_state=keep)
             q, k, v = qkv.split(self.widths, -1)
         activation = FEATURES[variant.activation]
-        q, k = (activation(t).unflatten(-1, (-1, self.key_dim)) for t in (q, k))  # [B T H K]
+        heads = lambda t: activation(t).unflatten(-1, (-1, self.key_dim))
+        q, k = (heads(q), heads(k)) if k is not q else (heads(q),) * 2  # [B T H K]
         v = activation(v).unflatten(-1, (-1, self.value_dim))  # [B T H V]
         if variant.rope:
             positions = token_positions(x.shape[1], seen, cu_seqlens, x.device)

@@ -98,8 +98,13 @@ class Mixer(nn.Module):
         mask [B T] bool, True for a real token: the others write nothing and nothing is forgotten at them; their own o means nothing.
         curves [2 T] int64, two permutations of the tokens, where the mixer has two. start: tokens before the first one here, for `prefix`.
         With multi_value q and k have one head, which serves all those of v. A single token with a state and without gradients takes the
-        operator's `step`.
+        operator's `step`. A feature map with `attend`, a shorter way to what the operator would give for its features, is asked for that.
         """
+        alone = self.causal and q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled()
+        attend = getattr(self.feature, "attend", None)
+        if attend is not None and not (alone and state is not None):
+            how: dict[str, Any] = dict(causal=self.causal, cu_seqlens=cu_seqlens, return_state=return_state, backend=self.backend)
+            return attend(q, k, v, state, mask, **how)
         q, k = self.feature(q, k)
         if self.variant.multi_value:
             q, k = (t.expand(-1, -1, v.shape[2], -1) for t in (q, k))
@@ -107,10 +112,8 @@ class Mixer(nn.Module):
         if self.second_decay is not None:
             return self._along_both(x, q, k, v, beta, cu_seqlens, mask, _two(curves, x.shape[1])), None
         k, v, log_decay = self._write(self.decay, x, k, v, cu_seqlens, mask, start)
-        how: dict[str, Any] = dict(
-            normalize=self.variant.normalize, scale=self.variant.scale, offset=self.variant.offset, backend=self.backend
-        )
-        if self.causal and q.shape[1] == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled():
+        how = dict(normalize=self.variant.normalize, scale=self.variant.scale, offset=self.variant.offset, backend=self.backend)
+        if alone and state is not None:
             now = lambda t: t if t is None or t.ndim == 1 else t[:, 0]
             o, state = step(now(q), now(k), now(v), now(log_decay), now(beta), state=state, **how)
             return o[:, None], state

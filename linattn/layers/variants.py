@@ -9,6 +9,9 @@ What a line does not name is the plainest choice of `Variant`; projections have 
     lion_*         bidirectional, causal=False, with the paper's feature map; with elu1, as its code has it, lion_lit is linear with biases
     …_mlm          its masked-language-model form: no feature map and no normaliser; without the dropout on scores, which are never formed
     gating         "target" where a paper is causal: the same recurrence read from both ends
+    taylorshift    a norm per head, which would divide the paper's factor √(N/d) out again; `taylor_attention` has the factor
+    ecoformer      the hash's bandwidth frozen at its fit, so that no token's code depends on the others, and every value in the numerator
+    molformer      random features drawn once, and no redrawing unless `RandomFeatures` is told to
 """
 
 from collections.abc import Callable
@@ -20,7 +23,10 @@ from torch import nn
 
 from .decays import ChannelGate, ChannelStepGate, HeadDecay, NoDecay, Place, ScalarGate, SigmoidGate, lightning, lion
 from .features import FEATURES
+from .hashing import KernelHash
 from .norm import GATES, NORMS
+from .random_features import RandomFeatures
+from .taylor import TaylorShift
 
 Gating = Literal["source", "target", "symmetric"] | None
 
@@ -34,6 +40,7 @@ class Variant:
     expand_k: float = 1.0  # width of all keys of num_heads heads / dim
     expand_v: float = 1.0
     multi_value: bool = False  # one query and one key head, shared by all value heads
+    tied: bool = False  # keys are queries: one projection
     conv: int = 0  # width of the short convolution over q, k and v; 0: none
     conv_bias: bool = False
     activation: str = "identity"  # of FEATURES, on q, k and v, after the convolution
@@ -80,6 +87,9 @@ VARIANTS = {
     "lion_d_mlm": Variant(source="arXiv:2502.16249", bias=True, decay=partial(HeadDecay, rule=lion, trainable=True), gating="source",
                           norm=None),
     "lion_s_mlm": Variant(source="arXiv:2502.16249", bias=True, decay=SigmoidGate, gating="source", norm=None),
+    "taylorshift": Variant(source="arXiv:2403.02920", bias=True, feature=TaylorShift, normalize=True, scale=1.0),
+    "ecoformer": Variant(source="arXiv:2209.09004", bias=True, tied=True, feature=KernelHash, normalize=True, scale=1.0, norm=None),
+    "molformer": Variant(source="arXiv:2106.09553", bias=True, rope=True, feature=RandomFeatures, normalize=True, scale=1.0, norm=None),
 }
 # fmt: on
 

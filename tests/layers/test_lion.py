@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from hashes import fitted
 
 from linattn.layers import VARIANTS, LinearAttention, snake, snakes
 from linattn.layers.decays import HeadDecay, Place, lion
@@ -21,7 +22,7 @@ def make(name, **options):
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn_like(parameter) / 2 if parameter.ndim == 2 else parameter + torch.randn_like(parameter) / 4)
-    return layer
+    return fitted(layer)
 
 
 def gates(layer, decay, x, cls):

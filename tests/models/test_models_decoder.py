@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hashes import fitted
 
 from linattn.layers import SoftmaxAttention
 from linattn.models import PRESETS, Decoder, DecoderConfig, decode, next_token_loss, prefill
@@ -17,7 +18,7 @@ def make(variant="gla", **sizes):
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(8)
-    return model
+    return fitted(model)
 
 
 def tokens(B, T):

@@ -5,6 +5,7 @@ import resource
 
 import pytest
 import torch
+from hashes import fitted
 from safetensors.torch import load_file, save_file
 
 from linattn.models import Decoder, DecoderConfig
@@ -14,7 +15,7 @@ SIZES = dict(vocab_size=17, dim=16, num_layers=2, num_heads=2, mlp_dim=24)
 
 
 def make(variant="gla", **sizes):
-    return Decoder(DecoderConfig(variant=variant, **{**SIZES, **sizes}))
+    return fitted(Decoder(DecoderConfig(variant=variant, **{**SIZES, **sizes})))
 
 
 @pytest.fixture
