@@ -2,8 +2,8 @@
 
     w(x) = 1 + x + x²/2 = φ(q)·φ(k) for x = q·k        φ(x) = (x_i x_j for i < j,  x_i²/√2,  x_i,  1),  (d+1)(d+2)/2 numbers
 
-The products of pairs are counted once: half the d² features, and so half the state, of the paper's x ⊠ x. The linear form sums over blocks of
-features, each made for one call of the operator and made again in the backward pass: what lives at one time is [T 4d], never [T d²].
+Each pair's product counts once: half the d² features, and half the state, of the paper's x ⊠ x. The linear form sums over blocks
+of features, each made for one call of the operator and made again in the backward pass: what lives at one time is [T 4d], never [T d²].
 """
 
 import math
