@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hashes import fitted
 import torch.nn.functional as F
 
 from linattn.models import Encoder, EncoderConfig, masked_token_loss
@@ -16,7 +17,7 @@ def make(variant="lion_s_mlm", **options):
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(10)
-    return model.double().eval()
+    return fitted(model).double().eval()
 
 
 def close(a, b):

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from hashes import fitted
 
 from linattn.layers import VARIANTS
 from linattn.models import ImageAttention, VisionConfig, VisionTransformer
@@ -19,7 +20,7 @@ def make(name="vit_tiny_lion_s", **options):
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(5)  # for gates and positions to matter
-    return model.double().eval()
+    return fitted(model).double().eval()
 
 
 def image(*shape):
