@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from hashes import fitted
 import torch.nn.functional as F
+from hashes import fitted
 
 from linattn.models import Encoder, EncoderConfig, masked_token_loss
 from linattn.models.encoder import VARIANTS_OF_ENCODERS, mean_of_tokens
