@@ -12,9 +12,9 @@ A task is one file beside this one: a subclass of `Task`, and one line of the ta
 and moves batches to the device, accumulates, steps, logs, saves, stops and resumes. The loss of a step is the mean over all targets of its
 `config.batch` rows, however these are split over processes and micro-batches; the metric is Σ score / Σ weight over all of `evaluation()`.
 
-What a step draws at random is a function of (config.seed, step, row): `data.derive("mask", config.seed, step, row)` is a seed for it.
-Then a resumed run, and one on another number of processes, sees what an uninterrupted one would. A task's own options come as `config.options`;
-it makes a frozen dataclass of them, which checks them and refuses unknown names.
+What a step draws at random is a function of (config.seed, step, row), `data.derive("mask", config.seed, step, row)` being a seed for it:
+then a resumed run, and one on another number of processes, sees what an uninterrupted one would. A task's own options come as
+`config.options`; it makes a frozen dataclass of them, which checks them and refuses unknown names.
 """
 
 from abc import ABC, abstractmethod
