@@ -1,5 +1,6 @@
 """The command line: options become arguments, errors become one line. Nothing is computed here, nothing heavy imported before its use."""
 
+import json
 import shlex
 import shutil
 import signal
@@ -58,6 +59,7 @@ Backend = Annotated[str, MACHINE(help="Backend of the operator; `linattn info` l
 def root(
     traceback: Annotated[bool, typer.Option("--traceback", help="Show the Python traceback of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Of the deepspeed launcher, which sets LOCAL_RANK too.")] = 0,
 ) -> None:
     if version:
         from . import __version__
@@ -78,7 +80,8 @@ def train(
     vocab_size: Annotated[int | None, DATA(help="Tokens of bpe.", show_default="4096")] = None,
     held_out: Annotated[float | None, DATA(help="Share of the text to evaluate on.", show_default="0.05")] = None,
     context: Annotated[int | None, DATA(help="Tokens in a window.", show_default="by preset")] = None,
-    batch: Annotated[int | None, DATA(help="Windows in a step.", show_default="by preset")] = None,
+    batch: Annotated[int | None, DATA(help="Windows in a step, over all processes.", show_default="by preset")] = None,
+    accumulate: Annotated[int | None, DATA(help="Micro-batches that a step's windows are taken in.", show_default="1")] = None,
     steps: Annotated[int | None, OPTIMISATION(help="Steps in all.", show_default="by preset")] = None,
     lr: Annotated[float | None, OPTIMISATION(help="Highest learning rate.", show_default="by preset")] = None,
     warmup: Annotated[int | None, OPTIMISATION(help="Steps in which the rate rises.", show_default="a tenth")] = None,
@@ -87,6 +90,12 @@ def train(
     clip: Annotated[float | None, OPTIMISATION(help="Largest gradient norm.", show_default="1.0")] = None,
     seed: Annotated[int | None, OPTIMISATION(help="Of the start and the order.", show_default="0")] = None,
     precision: Annotated[str | None, MACHINE(help="float32, or bfloat16 (autocast).", show_default="float32")] = None,
+    zero: Annotated[int | None, MACHINE(help="Stage of DeepSpeed's ZeRO: 0, 1, 2 or 3.", show_default="no DeepSpeed")] = None,
+    deepspeed: Annotated[Path | None, MACHINE(help="DeepSpeed configuration, JSON; its autos are resolved.")] = None,
+    context_parallel: Annotated[int | None, MACHINE(help="Processes that share one sequence.", show_default="1")] = None,
+    checkpoint_activations: Annotated[
+        bool | None, MACHINE(help="Keep only what enters a block for the backward pass.", show_default="no")
+    ] = None,
     device: Annotated[str | None, MACHINE(help="auto, cpu, cuda, cuda:1, …", show_default="auto")] = None,
     backend: Annotated[str | None, MACHINE(help="Backend of the operator; `linattn info` lists them.", show_default="auto")] = None,
     threads: Annotated[int | None, MACHINE(help="CPU threads.", show_default="torch's default")] = None,
@@ -108,7 +117,8 @@ def train(
     options: dict[str, Any] = dict(
         preset=preset, variant=variant, options=_pairs("option", option) or None, overrides=_pairs("set", set_) or None,
         data=tuple(data) if data else None, tokenizer=tokenizer, vocab_size=vocab_size, held_out=held_out, context=context, batch=batch,
-        steps=steps, lr=lr, warmup=warmup, schedule=schedule,
+        accumulate=accumulate, zero=zero, deepspeed=_json("deepspeed", deepspeed), context_parallel=context_parallel,
+        checkpoint_activations=checkpoint_activations, steps=steps, lr=lr, warmup=warmup, schedule=schedule,
         weight_decay=weight_decay, clip=clip, seed=seed, precision=precision, device=device, backend=backend, threads=threads,
         eval_every=eval_every, save_every=save_every,
     )  # fmt: skip
@@ -241,6 +251,13 @@ def _integers(name: str, text: str, least: int) -> list[int]:
     if min(numbers) < least:
         raise ValueError(f"{name} must be at least {least}; got {min(numbers)}")
     return numbers
+
+
+def _json(option: str, path: Path | None) -> Any:
+    try:
+        return None if path is None else json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{option} must be a JSON file; {path} is not: {error}") from None
 
 
 def _pairs(option: str, texts: list[str] | None) -> dict[str, object]:

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-MARKER = "complete.json"
+from .world import World
+
+MARKER, ALONE = "complete.json", World()
 STEP = re.compile(r"step-(\d{8})")
 
 
@@ -22,37 +24,59 @@ class Checkpoint(NamedTuple):
     facts: dict  # what the writer wanted to know again: its config, the data's fingerprint, …
 
 
-def save(root: Path, step: int, facts: dict, write: Callable[[Path], None], *, keep: int) -> Checkpoint:
+def save(root: Path, step: int, facts: dict, write: Callable[[Path], None], *, keep: int, world: World = ALONE) -> Checkpoint:
     """Have `write(folder)` fill a folder, make it `root/step-NNNNNNNN`, and remove all but the `keep` newest complete ones.
 
-    A crash, a kill or a full disk at any moment leaves the earlier checkpoints as they were. SaveError if the writing fails.
+    All processes of `world` call it and write into the same folder; the first completes it once all have written. A crash, a kill or a
+    full disk at any moment, in any of them, leaves the earlier checkpoints as they were. SaveError in all if the writing fails in one.
     """
     final, partial = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        _clear(root)
-        partial.mkdir()
-        write(partial)
-        sizes = {str(file.relative_to(partial)): file.stat().st_size for file in sorted(partial.rglob("*")) if file.is_file()}
-        for name in sizes:
-            _sync(partial / name)
-        marker = partial / MARKER
-        marker.write_text(json.dumps({"step": step, "files": sizes, "facts": facts}, indent=2) + "\n")
-        _sync(marker)
-        _sync(partial)
-        if final.exists():  # torn, or it would have been found and resumed from
-            shutil.rmtree(final)
-        partial.rename(final)
-        _sync(root)
-    except Exception as error:  # safetensors has an error of its own for a full disk, and a model may bring another
-        shutil.rmtree(partial, ignore_errors=True)
-        left = newest(root, say=lambda message: None)
-        rest = f"{left.path} is as it was" if left else "there is no earlier one"
-        raise SaveError(f"could not save step {step} in {root}: {error}; {rest}") from error
-    complete = sorted((c for c in map(read, _folders(root)) if isinstance(c, Checkpoint)), key=lambda c: c.step)
-    for old in complete[:-keep]:
-        shutil.rmtree(old.path, ignore_errors=True)
+    stages: list[Callable[[], None]] = [
+        lambda: _begin(root, partial),
+        lambda: write(partial),
+        lambda: _complete(root, step, facts, partial),
+    ]
+    for stage in stages:
+        error = None
+        if world.first or stage is stages[1]:
+            try:
+                stage()
+            except Exception as caught:  # safetensors has an error of its own for a full disk, and a model may bring another
+                error = caught
+        said = world.all(error and f"{error}")  # all wait here for each other
+        if any(said):
+            if world.first:
+                shutil.rmtree(partial, ignore_errors=True)
+            left = newest(root, say=lambda message: None)
+            rest = f"{left.path} is as it was" if left else "there is no earlier one"
+            raise SaveError(f"could not save step {step} in {root}: {next(filter(None, said))}; {rest}") from error
+    if world.first:
+        complete = sorted((c for c in map(read, _folders(root)) if isinstance(c, Checkpoint)), key=lambda c: c.step)
+        for old in complete[:-keep]:
+            shutil.rmtree(old.path, ignore_errors=True)
     return Checkpoint(final, step, facts)
+
+
+def _begin(root: Path, partial: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    for entry in root.glob(".step-*"):  # what a kill during an earlier save, or a conversion, left
+        shutil.rmtree(entry)
+    partial.mkdir()
+
+
+def _complete(root: Path, step: int, facts: dict, partial: Path) -> None:
+    final = root / f"step-{step:08d}"
+    sizes = {str(file.relative_to(partial)): file.stat().st_size for file in sorted(partial.rglob("*")) if file.is_file()}
+    for name in sizes:
+        _sync(partial / name)
+    marker = partial / MARKER
+    marker.write_text(json.dumps({"step": step, "files": sizes, "facts": facts}, indent=2) + "\n")
+    _sync(marker)
+    _sync(partial)
+    if final.exists():  # torn, or it would have been found and resumed from
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync(root)
 
 
 def newest(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -100,11 +124,6 @@ def read(folder: Path) -> Checkpoint | str:
 
 def _folders(root: Path) -> list[Path]:
     return [entry for entry in root.iterdir() if STEP.fullmatch(entry.name)] if root.is_dir() else []
-
-
-def _clear(root: Path) -> None:
-    for entry in root.glob(".step-*.partial"):  # what a kill during an earlier save left
-        shutil.rmtree(entry)
 
 
 def _sync(path: Path) -> None:

@@ -8,7 +8,7 @@ from .schedule import SCHEDULES
 
 TOKENIZERS = ("bytes", "bpe")
 PRECISIONS = ("float32", "bfloat16")
-FREE_ON_RESUME = ("threads", "device", "backend", "eval_every", "save_every", "keep")  # the rest defines the run
+FREE_ON_RESUME = ("threads", "device", "backend", "eval_every", "save_every", "keep", "context_parallel")  # the rest defines the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,8 @@ class Config:
     vocab_size: int = 4096  # bpe only: bytes have 256 and an end of document
     held_out: float = 0.05  # share of the documents kept for evaluation
     context: int = 512
-    batch: int = 8  # rows per step: windows of `context` tokens, images, …
+    batch: int = 8  # rows per step, over all processes: windows of `context` tokens, images, …
+    accumulate: int = 1  # micro-batches that a step's rows are taken in
     # the optimisation
     steps: int = 1000
     lr: float = 3e-3
@@ -44,7 +45,13 @@ class Config:
     clip: float = 1.0  # largest gradient norm
     seed: int = 0
     # the machine
-    precision: str = "float32"  # bfloat16: autocast, weights and optimizer stay float32
+    precision: str = (
+        "float32"  # bfloat16: autocast over float32 weights; under ZeRO 1 to 3 bfloat16 weights, their float32 originals in the optimizer
+    )
+    zero: int | None = None  # stage of DeepSpeed's ZeRO, 0 to 3; None: no DeepSpeed, unless `deepspeed` is given
+    deepspeed: dict = field(default_factory=dict)  # a DeepSpeed configuration; see linattn.train.ds_config
+    context_parallel: int = 1  # processes that share one sequence
+    checkpoint_activations: bool = False  # keep only what enters a block for the backward pass, and compute the rest again
     device: str = "auto"
     backend: str = "auto"
     threads: int = 0  # 0: torch's default
@@ -61,7 +68,7 @@ class Config:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {list(known)}; got {getattr(self, name)!r}")
         zero = dict(warmup=0, weight_decay=0, seed=0, threads=0)
-        one = dict(context=1, batch=1, steps=1, eval_every=1, eval_windows=1, save_every=1, keep=1)
+        one = dict(context=1, batch=1, accumulate=1, context_parallel=1, steps=1, eval_every=1, eval_windows=1, save_every=1, keep=1)
         for name, least in (zero | one | dict(vocab_size=258)).items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
@@ -73,6 +80,10 @@ class Config:
                 raise ValueError(f"{name} must lie between 0 and 1; got {getattr(self, name)}")
         if not 0 <= self.min_lr <= 1:
             raise ValueError(f"min_lr is a share of lr and must lie in [0, 1]; got {self.min_lr}")
+        if not isinstance(self.deepspeed, dict):
+            raise ValueError(f"deepspeed must be the object of a DeepSpeed configuration; got {self.deepspeed!r}")
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch must be a multiple of accumulate = {self.accumulate}; got {self.batch}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1); got {self.betas}")
 

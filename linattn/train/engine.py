@@ -1,15 +1,16 @@
-"""The only place that computes: one model on one device, an optimisation step at a time. The loop around it knows neither."""
+"""The only place that computes in one process: a model on a device, an optimisation step at a time. The loop around it knows neither."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import optimizer
 from .config import Config
 from .tasks import Batch, Task
+from .world import World
 
 OPTIMIZER = "optimizer.safetensors"
 
@@ -20,11 +21,12 @@ class Outcome(NamedTuple):
     skipped: bool  # the loss or a gradient was not finite, so the weights are as they were
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, local: int = 0) -> torch.device:
+    """The device of that name; "auto" and "cuda" are the `local`-th GPU of the machine where there is one."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device("cuda", local) if name == "cuda" and local else torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
@@ -34,17 +36,23 @@ def pick_device(name: str) -> torch.device:
 class Engine:
     """Steps, evaluates, saves and restores. What the model takes and owes, the task knows."""
 
-    def __init__(self, model: nn.Module, task: Task, config: Config, device: torch.device):
-        self.model, self.task, self.config, self.device = model.to(device), task, config, device
+    def __init__(self, model: nn.Module, task: Task, config: Config, device: torch.device, world: World):
+        self.model, self.task, self.config, self.device, self.world = model.to(device), task, config, device, world
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.called: nn.Module = self.model  # what `losses` and `score` are given: the model, or something around it
         self.optimizer = optimizer.make(model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
-    def step(self, batch: Batch, lr: float) -> Outcome:
-        """One step on `batch` at rate `lr`."""
+    def step(self, step: int, lr: float) -> Outcome:
+        """Step number `step` at rate `lr`, on this process's rows of it."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self._on_device(self.task.losses, batch).mean()
-        loss.backward()
+        micro = self._micro_batches(step)
+        shares, loss = self._shares(micro), torch.zeros((), device=self.device)
+        for batch, share in zip(micro, shares, strict=True):
+            part = mean(self._on_device(self.task.losses, batch), share) / len(micro)
+            part.backward()
+            loss = loss + part.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
         if finite:
@@ -54,19 +62,49 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """The task's metric on its held-out data."""
+        """The task's metric on its held-out data, which the processes share out."""
         self.model.eval()
-        scores = [self._on_device(self.task.score, batch) for batch in self.task.evaluation()]
-        return sum(float(score) for score, _ in scores) / sum(float(weight) for _, weight in scores)
+        batches, score, weight = list(self.task.evaluation()), 0.0, 0.0
+        ways, way = self.world.size // self.config.context_parallel, self.world.rank // self.config.context_parallel
+        for i in range(way, len(batches) + (-len(batches)) % ways, ways):  # all do as many: under ZeRO-3 a forward pass needs them all
+            gained, counted = self._on_device(self.task.score, self._part(batches[min(i, len(batches) - 1)]))
+            if i < len(batches):
+                score, weight = score + float(gained), weight + float(counted)
+        score, weight = self.world.sum(score, weight)
+        return score / weight
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)  # type: ignore[operator]
         optimizer.save(self.optimizer, self.model, folder / OPTIMIZER)
 
-    def restore(self, folder: Path) -> None:
-        """Put the optimizer back where `save` left it; the model came from the same folder."""
+    def restore(self, folder: Path, *, processes: int = 1) -> None:
+        """Put the optimizer back where `save` left it, in `processes` processes; the model came from the same folder."""
         optimizer.load(self.optimizer, self.model, folder / OPTIMIZER)
+
+    def _micro_batches(self, step: int) -> list[Batch]:
+        """This process's rows of a step: micro-batch by micro-batch, the processes one after the other."""
+        config, world = self.config, self.world
+        ways, way = world.size // config.context_parallel, world.rank // config.context_parallel
+        size = config.batch // (ways * config.accumulate)
+        starts = [(i * ways + way) * size for i in range(config.accumulate)]
+        return [self._part(self.task.batch(step, range(start, start + size))) for start in starts]
+
+    def _part(self, batch: Batch) -> Batch:
+        of = self.config.context_parallel
+        return batch if of == 1 else self.task.part(batch, self.world.rank % of, of)
+
+    def _shares(self, micro: list[Batch]) -> list[float | None]:
+        """What to divide the sum of each micro-batch's losses by, so that their mean, over the processes too, is that over all targets."""
+        counts = [self.task.targets(batch) for batch in micro]
+        if any(count is None for count in counts):
+            return [None] * len(micro)
+        share = self.world.sum(float(sum(filter(None, counts))))[0] / (len(micro) * self.world.size)
+        return [share] * len(micro)
 
     def _on_device(self, ask: Callable[[nn.Module, Batch], Any], batch: Batch) -> Any:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            return ask(self.model, {name: tensor.to(self.device) for name, tensor in batch.items()})
+            return ask(self.called, {name: tensor.to(self.device) for name, tensor in batch.items()})
+
+
+def mean(losses: Tensor, share: float | None) -> Tensor:
+    return losses.mean() if share is None else losses.sum() / share

@@ -1,6 +1,7 @@
 """The only place that reports a run as it goes: log.csv always, and a progress bar or plain lines on the console."""
 
 import csv
+import io
 import time
 from pathlib import Path
 
@@ -11,15 +12,19 @@ COLUMNS = ("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "skipped
 
 
 class Log:
-    """Rows of COLUMNS and `metric`, one per step; the metric is the held-out figure after that many steps, where one was taken."""
+    """Rows of COLUMNS and `metric`, one per step; the metric is the held-out figure after that many steps, where one was taken.
 
-    def __init__(self, path: Path, console: Console, *, start: int, steps: int, title: str, metric: str):
+    Without a path none are kept.
+    """
+
+    def __init__(self, path: Path | None, console: Console, *, start: int, steps: int, title: str, metric: str):
         self.path, self.console, self.steps = path, console, steps
         self.broken = False
-        before = [row for row in read(path) if row["step"] <= start] if start else []  # later steps come again
+        before = [row for row in read(path) if row["step"] <= start] if path and start else []  # later steps come again
         self.skipped = sum(row["skipped"] for row in before)
-        _rewrite(path, (*COLUMNS, metric), before)
-        self.file = path.open("a", newline="")
+        if path:
+            _rewrite(path, (*COLUMNS, metric), before)
+        self.file = path.open("a", newline="") if path else io.StringIO()
         self.writer = csv.writer(self.file)
         self.quiet_until = time.monotonic()
         self.bar = Progress(

@@ -1,5 +1,6 @@
 """The training loop: data, engine, schedule, log and checkpoints meet here and nowhere else."""
 
+import json
 import shlex
 import signal
 import time
@@ -12,12 +13,15 @@ from rich.console import Console
 
 from . import checkpoint, data, schedule
 from .config import Config
+from .ds_config import stage_of
 from .engine import Engine, pick_device
 from .log import Log, read
+from .stop import FILE as STOP_FILE
 from .stop import Stop
 from .tasks import TASKS
+from .world import World
 
-CONFIG, LOG = "run.json", "log.csv"
+CONFIG, LOG, DEEPSPEED = "run.json", "log.csv", "deepspeed.json"
 PATIENCE = 20  # steps in a row without a finite gradient before a run is given up: weights that overflow do not come back
 
 
@@ -26,7 +30,7 @@ class Run(NamedTuple):
 
     out: Path
     step: int
-    rows: list[dict]  # of log.csv
+    rows: list[dict]  # of log.csv, in the first process
     checkpoint: Path
     stopped_by: signal.Signals | None
 
@@ -40,40 +44,46 @@ def train(config: Config, out: Path, *, resume: str = "auto", command: str | Non
     ValueError: a run of another config or other data is in `out`; or as `Config`, the task and its model say.
     SaveError: the last checkpoint could not be written. FloatingPointError: PATIENCE steps in a row were not finite.
     """
-    console = console or Console()
+    world = World.join(config.device, alone=stage_of(config) is not None)
+    console = Console(quiet=True) if not world.first else console or Console()
     say = lambda message: console.print(message, markup=False, highlight=False, soft_wrap=True)
-    engine, last = _open(config, out, resume, say)
-    out.mkdir(parents=True, exist_ok=True)
-    config.save(out / CONFIG)
+    engine, last = _open(config, out, resume, world, say)
+    if world.first:
+        _write_down(engine, config, out)
     save = lambda step: _save(out, step, engine)
-    step, bad = last.step if last else 0, 0
-    with Stop() as stop, Log(out / LOG, console, start=step, steps=config.steps, title=config.variant, metric=engine.task.metric) as log:
+    step, bad, asked = last.step if last else 0, 0, None
+    lines = Log(
+        out / LOG if world.first else None, console, start=step, steps=config.steps, title=config.variant, metric=engine.task.metric
+    )
+    with Stop() as stop, lines as log:
         if step == 0:
             log.row(step=0, tokens=0, metric=engine.evaluate())
-        while step < config.steps and not stop.signal:
+        while step < config.steps and not asked:
             row = _step(engine, config, step)
-            step = row["step"]
+            step, asked = row["step"], stop.agreed(world, out)
             log.row(**row)
             bad = bad + 1 if row["skipped"] else 0
             if bad == PATIENCE:
                 raise FloatingPointError(
                     f"{bad} steps in a row up to step {step} had a loss or gradient that is not finite; try a lower lr than {config.lr}"
                 )
-            if step % config.save_every == 0 and step < config.steps and not stop.signal:
+            if step % config.save_every == 0 and step < config.steps and not asked:
                 try:
                     last = save(step)
                 except checkpoint.SaveError as error:  # there may be room again by the next one
                     log.say(f"{error}; the run goes on")
         if last is None or last.step < step:
             last = save(step)
-    stopped_by = stop.signal if step < config.steps else None
+    if world.first:
+        (out / STOP_FILE).unlink(missing_ok=True)  # it has done its work, and would stop the next run too
+    stopped_by = asked if step < config.steps else None
     if stopped_by:
         say(f"stopped by {stopped_by.name} at step {step} of {config.steps}; saved {last.path}")
         say(f"to go on: {command or f'linattn train --out {shlex.quote(str(out))} --resume auto'}")
-    return Run(out, step, read(out / LOG), last.path, stopped_by)
+    return Run(out, step, read(out / LOG) if world.first else [], last.path, stopped_by)
 
 
-def _open(config: Config, out: Path, resume: str, say) -> tuple[Engine, checkpoint.Checkpoint | None]:
+def _open(config: Config, out: Path, resume: str, world: World, say) -> tuple[Engine, checkpoint.Checkpoint | None]:
     """Engine as they were at the newest checkpoint of `out`, or at the start. Writes nothing."""
     if resume not in ("auto", "never"):
         raise ValueError(f"resume must be 'auto' or 'never'; got {resume!r}")
@@ -83,7 +93,13 @@ def _open(config: Config, out: Path, resume: str, say) -> tuple[Engine, checkpoi
         raise ValueError(f"out must be a folder; {out} is a file")
     if config.threads:
         torch.set_num_threads(config.threads)
-    device, found = pick_device(config.device), checkpoint.newest(out, say)
+    stage = stage_of(config)
+    if world.size > 1 and stage is None:
+        raise ValueError(f"started as {world.size} processes: say how they share the work, by zero 0, 1, 2 or 3 or a DeepSpeed config")
+    if world.size % config.context_parallel:
+        raise ValueError(f"context_parallel must divide the number of processes, {world.size}; got {config.context_parallel}")
+    device = pick_device(config.device, world.local)
+    found = world.of_first(checkpoint.newest(out, say) if world.first else None)  # a shared file system may show it to others later
     if found and resume == "never":
         raise ValueError(f"{out} holds a run at step {found.step}: choose another folder, or resume='auto'")
     if found:
@@ -91,28 +107,42 @@ def _open(config: Config, out: Path, resume: str, say) -> tuple[Engine, checkpoi
     task = TASKS[config.task](config, found.path if found else None)
     if found and found.facts["data"] != task.fingerprint:
         _same(found.path, "data", [f"{task.source} is not what it was trained on"])
+    torch.manual_seed(data.derive("init", config.seed))
+    if stage is None:
+        engine = Engine(task.load(found.path) if found else task.create(), task, config, device, world)
+    else:
+        from .zero import ZeroEngine
+
+        engine = ZeroEngine(task, config, device, world)
     if found:
-        engine = Engine(task.load(found.path), task, config, device)
-        engine.restore(found.path)
-        say(f"going on from {found.path}")
+        processes = found.facts.get("processes", 1)
+        engine.restore(found.path, processes=processes)
+        say(f"going on from {found.path}" + (f", saved by {processes} processes" if processes != world.size else ""))
         if found.facts["threads"] != torch.get_num_threads():
             say(f"note: saved with {found.facts['threads']} threads, going on with {torch.get_num_threads()}: the last bits may differ")
-    else:
-        torch.manual_seed(data.derive("init", config.seed))
-        engine = Engine(task.create(), task, config, device)
     say(
-        f"{config.preset} {config.variant}: {sum(p.numel() for p in engine.model.parameters()):,} parameters on {device}, "
-        f"{torch.get_num_threads()} threads; {task.source}"
+        f"{config.preset} {config.variant}: {engine.parameters:,} parameters on {device}, "
+        + (f"{world.size} processes, ZeRO {stage}, " if stage is not None else "")
+        + f"{torch.get_num_threads()} threads; {task.source}"
     )
     return engine, found
+
+
+def _write_down(engine: Engine, config: Config, out: Path) -> None:
+    """What the run is: its config, and DeepSpeed's as it was resolved."""
+    out.mkdir(parents=True, exist_ok=True)
+    config.save(out / CONFIG)
+    if isinstance(resolved := getattr(engine, "resolved", None), dict):
+        (out / DEEPSPEED).write_text(json.dumps(resolved, indent=2) + "\n")
 
 
 def _step(engine: Engine, config: Config, step: int) -> dict[str, Any]:
     """Step `step`, counted from 0, and the row it gives the log."""
     began = time.perf_counter()
     lr, taken = learning_rate(config, step), config.batch * engine.task.tokens_per_row
-    torch.manual_seed(data.derive("step", config.seed, step))  # whatever a model draws is a function of the step too
-    outcome = engine.step(engine.task.batch(step, range(config.batch)), lr)
+    rank = (engine.world.rank,) if engine.world.rank else ()
+    torch.manual_seed(data.derive("step", config.seed, step, *rank))  # whatever a model draws is a function of the step too
+    outcome = engine.step(step, lr)
     rate, step = taken / (time.perf_counter() - began), step + 1
     due = step % config.eval_every == 0 or step == config.steps
     return dict(
@@ -124,11 +154,15 @@ def _step(engine: Engine, config: Config, step: int) -> dict[str, Any]:
 def _save(out: Path, step: int, engine: Engine) -> checkpoint.Checkpoint:
     def write(folder: Path) -> None:
         engine.save(folder)
-        engine.task.save(folder)
+        if engine.world.first:
+            engine.task.save(folder)
 
     config, task = engine.config, engine.task
-    facts = {"config": asdict(config), "data": task.fingerprint, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    return checkpoint.save(out, step, facts, write, keep=config.keep)
+    facts = {
+        "config": asdict(config), "data": task.fingerprint, "processes": engine.world.size, "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }  # fmt: skip
+    return checkpoint.save(out, step, facts, write, keep=config.keep, world=engine.world)
 
 
 def learning_rate(config: Config, step: int) -> float:

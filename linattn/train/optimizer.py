@@ -8,9 +8,12 @@ from torch import nn
 
 
 def make(model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW in two groups: matrices decay; vectors (norms, biases) and what carries `_no_weight_decay` do not."""
+    """AdamW in two groups: matrices decay; vectors (norms, biases) and what carries `_no_weight_decay` do not.
+
+    A parameter that ZeRO-3 has shared out is an empty vector here, its own shape being `ds_shape`.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    spared = [p for p in trained if p.ndim < 2 or getattr(p, "_no_weight_decay", False)]
+    spared = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2 or getattr(p, "_no_weight_decay", False)]
     ids = {id(p) for p in spared}
     groups = [
         {"params": [p for p in trained if id(p) not in ids], "weight_decay": weight_decay},

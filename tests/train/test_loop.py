@@ -150,7 +150,7 @@ def test_a_full_disk_is_said_and_outlived(config, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_at_the_last_save_is_an_error(config, tmp_path, monkeypatch):
-    def full(folder, step, facts, write, *, keep):
+    def full(folder, step, facts, write, *, keep, world):
         raise checkpoint.SaveError("could not save")
 
     monkeypatch.setattr(checkpoint, "save", full)

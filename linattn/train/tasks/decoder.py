@@ -50,7 +50,7 @@ class DecoderTask(Task):
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         tokens = batch["tokens"]
-        logits, _ = model(tokens[:, :-1])
+        logits, _ = model(tokens[:, :-1], checkpoint_activations=self.config.checkpoint_activations)
         return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
 
     def evaluation(self) -> Iterator[Batch]:

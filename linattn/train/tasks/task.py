@@ -60,6 +60,14 @@ class Task(ABC):
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of each target, in float32 and of any shape. Call `model` itself, once, not its parts: it may be wrapped."""
 
+    def targets(self, batch: Batch) -> int | None:
+        """How many losses `batch` has, where that is not the same for all batches of as many rows: masked tokens, say."""
+        return None
+
+    def part(self, batch: Batch, index: int, of: int) -> Batch:
+        """Part `index` of `of` equal ones of each sequence, for context parallelism. ValueError where sequences cannot be cut."""
+        raise ValueError(f"context_parallel must be 1 for the task {self.config.task}; got {of}")
+
     @abstractmethod
     def evaluation(self) -> Iterable[Batch]:
         """The held-out examples, the same every time."""

@@ -1,0 +1,180 @@
+"""The only place that touches DeepSpeed: the engine of one process or many, with ZeRO 0 to 3. Imported only where it was asked for."""
+
+import logging
+import math
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import ds_config, optimizer
+from .config import Config
+from .engine import Engine, Outcome, mean
+from .tasks import Task
+from .world import World
+
+FOLDER = "zero"  # of a checkpoint: DeepSpeed's own files
+CLASSES = (  # all that its files hold besides tensors and plain values
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+
+
+def _deepspeed() -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # it warns where it has to guess
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import deepspeed
+            from deepspeed.ops import __compatible_ops__
+    except ModuleNotFoundError as error:
+        raise ValueError(f"DeepSpeed is not installed ({error}): pip install 'linattn[deepspeed]'") from None
+    __compatible_ops__["deepspeed_shm_comm"] = False  # C++ it compiles at the start, a minute long, for a collective nobody here calls
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")  # two for each of its collectives
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"deepspeed\..*")
+    return deepspeed
+
+
+class ZeroEngine(Engine):
+    """`Engine` over DeepSpeed: gradients averaged over the processes, optimizer state (1), gradients (2) and weights (3) shared out.
+
+    A step is skipped in all processes where the norm over all of them is not finite: stages 1 to 3 do that in DeepSpeed, 0 here.
+    """
+
+    def __init__(self, task: Task, config: Config, device: torch.device, world: World):
+        deepspeed = _deepspeed()
+        self.task, self.config, self.device, self.world = task, config, device, world
+        self.stage = ds_config.stage_of(config)
+        deepspeed.init_distributed(auto_mpi_discovery=False)  # it finds the group that `World` has made
+        if self.stage == 3:
+            with torch.device("meta"), torch.random.fork_rng(devices=()):
+                count = sum(p.numel() for p in task.create().parameters())
+            self.resolved = ds_config.resolve(config, processes=world.size, parameters=count)
+            with deepspeed.zero.Init(config_dict_or_path=self.resolved):
+                model = task.create()
+        else:
+            model = task.create()
+            count = sum(p.numel() for p in model.parameters())
+            self.resolved = ds_config.resolve(config, processes=world.size, parameters=count)
+        self.parameters = count
+        made = optimizer.make(model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+        self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=made, config=self.resolved, dist_init_required=False)
+        self.engine.checkpoint_engine = _files(self.engine)
+        self.model, self.called = self.engine.module, self.engine
+
+    def step(self, step: int, lr: float) -> Outcome:
+        self.engine.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        micro = self._micro_batches(step)
+        shares, total = self._shares(micro), torch.zeros((), device=self.device)
+        for i, (batch, share) in enumerate(zip(micro, shares, strict=True)):
+            loss = mean(self._on_device(self.task.losses, batch), share)
+            total = total + loss.detach() / len(micro)
+            # a loss that is not finite makes no gradient finite, which all processes then see in their common norm
+            self.engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+            norm = self._clipped() if self.stage == 0 and i == len(micro) - 1 else None
+            self.engine.step()
+        mean_loss = self.world.sum(float(total))[0] / self.world.size
+        if norm is None:
+            norm = float(self.engine.get_global_grad_norm())
+        return Outcome(mean_loss, norm, not (math.isfinite(mean_loss) and math.isfinite(norm)))
+
+    def save(self, folder: Path) -> None:
+        """All processes: DeepSpeed's files, each its own, and the first the model as one would without DeepSpeed."""
+        import deepspeed
+
+        self.engine.checkpoint_engine.error = None
+        self.engine.save_checkpoint(str(folder), tag=FOLDER, save_latest=False)
+        whole = list(self.model.parameters()) if self.stage == 3 else []
+        with deepspeed.zero.GatheredParameters(whole, enabled=self.stage == 3):
+            if self.world.first:
+                self.model.save_pretrained(folder)
+        if self.engine.checkpoint_engine.error is not None:
+            raise self.engine.checkpoint_engine.error
+
+    def restore(self, folder: Path, *, processes: int = 1) -> None:
+        """Put everything back where `save` left it. Saved by another number of processes, it is converted on the way, beside the run."""
+        tag, beside = FOLDER, folder.parent / f".{folder.name}.universal"
+        universal = processes != self.world.size
+        if universal:
+            tag = "converted"
+            _all_or_none(self.world, lambda: _convert(folder / FOLDER, beside / tag), only_first=True)
+        self.engine._config.load_universal_checkpoint = universal
+        try:
+            found, _ = self.engine.load_checkpoint(str(beside if universal else folder), tag=tag, load_lr_scheduler_states=False)
+        finally:
+            self.engine._config.load_universal_checkpoint = False
+            self.world.barrier()
+            if universal and self.world.first:
+                shutil.rmtree(beside, ignore_errors=True)
+        if found is None:
+            raise ValueError(f"{folder} holds nothing that DeepSpeed can go on from")
+
+    def _clipped(self) -> float:
+        """Norm of the averaged gradients; they are clipped to `config.clip`, or dropped if it is not finite: None is not stepped on."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        if not torch.isfinite(norm):
+            self.model.zero_grad(set_to_none=True)
+        return float(norm)
+
+
+def _files(engine: Any) -> Any:
+    """How DeepSpeed reads and writes its files: nothing is unpickled but tensors and plain values, and a full disk stops no one alone."""
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    class Files(TorchCheckpointEngine):
+        error: Exception | None = None
+
+        def save(self, state_dict, path):
+            try:
+                super().save(state_dict, path)
+            except (OSError, RuntimeError) as error:  # torch raises the latter where the disk is full; the others wait at a barrier
+                self.error = error
+
+        def load(self, path, map_location=None):
+            with torch.serialization.safe_globals(_classes()):
+                return torch.load(path, map_location=map_location, weights_only=True)
+
+    return Files(engine._config)
+
+
+def _classes() -> list:
+    from importlib import import_module
+
+    return [getattr(import_module(module), name) for module, _, name in (path.rpartition(".") for path in CLASSES)]
+
+
+def _convert(source: Path, target: Path) -> None:
+    """DeepSpeed's universal format, which any number of processes can load. ValueError with its last words if it fails."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    alone = {name: value for name, value in os.environ.items() if name not in launcher}
+    command = [sys.executable, "-W", "ignore", "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    done = subprocess.run(
+        [*command, "--input_folder", str(source), "--output_folder", str(target)], capture_output=True, text=True, env=alone
+    )
+    if done.returncode:
+        raise ValueError(f"{source} cannot be converted for another number of processes: {(done.stderr.strip() or '?').splitlines()[-1]}")
+
+
+def _all_or_none(world: World, call, *, only_first: bool) -> None:
+    """Call, in the first process or in all; what goes wrong in one is raised in all."""
+    error = None
+    if world.first or not only_first:
+        try:
+            call()
+        except (ValueError, OSError) as caught:
+            error = caught
+    for rank, wrong in enumerate(world.all(error and str(error))):
+        if wrong:
+            raise ValueError(f"process {rank}: {wrong}")
