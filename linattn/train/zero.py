@@ -97,7 +97,7 @@ class ZeroEngine(Engine):
         whole = list(self.model.parameters()) if self.stage == 3 else []
         with deepspeed.zero.GatheredParameters(whole, enabled=self.stage == 3):
             if self.world.first:
-                self.model.save_pretrained(folder)
+                self.model.save_pretrained(folder)  # type: ignore[operator]
         if self.engine.checkpoint_engine.error is not None:
             raise self.engine.checkpoint_engine.error
 
