@@ -105,6 +105,27 @@ def kernels(
         raise typer.Exit(1)
 
 
+@app.command()
+def swap(
+    only: Annotated[list[str] | None, typer.Option(help="text, images or cost; repeat for more.", show_default="all")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps of each stage: to see that it runs.")] = False,
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    out: Annotated[Path, typer.Option(help="Folder of the record.", show_default="bench/results")] = records.RESULTS,
+) -> None:
+    """Softmax models swapped and linearised: quality after each stage, and the cost of generation before and after. About ten minutes."""
+    import torch
+
+    from . import swap as swapping
+
+    torch.set_num_threads(threads)
+    command, console = shlex.join(["python", "-m", "bench", *sys.argv[1:]]), Console()
+    try:
+        path = swapping.run(tuple(only or swapping.PARTS), out, command, lambda line: console.print(line, highlight=False), quick=quick)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    console.print(f"written: {path} and .md and .png", soft_wrap=True, highlight=False)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def gpu(context: typer.Context) -> None:
     """The operator on a GPU, beside fla, softmax attention and a copy; the same as `python -m bench.gpu`, which needs torch alone."""

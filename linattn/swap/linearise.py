@@ -1,0 +1,295 @@
+"""The only place that brings a swapped model's quality back: attention transfer, choice of layers, distillation, low-rank finetuning.
+
+Every stage takes `batches`, a function of the step that returns a batch, a dict of arguments for the model: a stage that was cut off and
+goes on with `checkpoint` sees what an uninterrupted one would have seen.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import MODES, SwappedAttention
+from .swap import swapped_of
+
+Batch = dict[str, Any]
+Batches = Callable[[int], Batch]
+Told = Callable[[int, float], None]
+
+
+@contextmanager
+def mode(model: nn.Module, name: str, only: Sequence[str] | None = None) -> Iterator[None]:
+    """`with mode(model, "softmax"):` the original attention answers, with the weights as they are now; `only` in these modules.
+
+    "transfer": it answers, and each module notes how far it would have been from that. ValueError for an unknown mode or name.
+    """
+    if name not in MODES:
+        raise ValueError(f"mode must be one of {list(MODES)}; got {name!r}")
+    swapped = swapped_of(model)
+    if unknown := [one for one in only or () if one not in swapped]:
+        raise ValueError(f"only must be names of swapped attention; got {unknown}, there are {list(swapped)}")
+    modules = [swapped[one] for one in (swapped if only is None else only)]
+    before = [module.mode for module in modules]
+    for module in modules:
+        module.mode = name
+    try:
+        yield
+    finally:
+        for module, old in zip(modules, before):
+            module.mode, module.error = old, None
+
+
+def transfer(
+    model: nn.Module, batches: Batches, *, steps: int, lr: float = 1e-2, checkpoint: Path | None = None, told: Told | None = None
+) -> dict[str, float]:
+    """Attention transfer (LoLCATs' first stage, arXiv:2410.10254): every swapped module learns the answers of the softmax it stands for.
+
+    The softmax's own outputs go through the model, so that each module sees what it saw; only what the swap added is trained, by
+    Σ (y − y')² / Σ y'² of each module's output, and every module by itself. Returns these at the last step, by module.
+    ValueError where the swap added no parameters.
+    """
+    modules = swapped_of(model)
+    added = [p for module in modules.values() for p in module.added().values()]
+    if not added:
+        raise ValueError("transfer trains the parameters a swap added, and this one added none (as 'linear' does): go on with distill")
+
+    def loss(step: int) -> Tensor:
+        with mode(model, "transfer"):
+            _call(model, batches(step))
+            return _errors(modules.values())
+
+    with _frozen_but(model, added), _switched(model, training=False):
+        _train([(added, lr)], loss, steps, checkpoint=checkpoint, told=told)
+    return errors(model, [batches(steps)])
+
+
+@torch.no_grad()
+def errors(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    """Σ (y − y')² / Σ y'² of every swapped module's output against the softmax's, given the softmax's own input; mean over batches."""
+    modules, count = swapped_of(model), 0
+    total: dict[str, float] = {}
+    with _switched(model, training=False):
+        for batch in batches:
+            with mode(model, "transfer"):
+                _call(model, batch)
+                total = {name: total.get(name, 0.0) + float(_error(module)) for name, module in modules.items()}
+            count += 1
+    return {name: value / count for name, value in total.items()}
+
+
+@torch.no_grad()
+def importance(model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
+    """What each layer's softmax is worth: by how many nats KL(teacher ‖ student) falls where that layer alone stays softmax.
+
+    The teacher is the model with all of its own softmax: call this before anything but the added parameters is trained. Largest first.
+    """
+    names = list(swapped_of(model))
+
+    def divergence(softmax: Sequence[str]) -> float:
+        with mode(model, "softmax", softmax):
+            return sum(float(kl(_call(model, batch).logits, wanted, batch)) for batch, wanted in zip(batches, answers)) / len(batches)
+
+    with _switched(model, training=False):
+        with mode(model, "softmax"):
+            answers = [_call(model, batch).logits for batch in batches]
+        linear = divergence([])
+        gain = {name: linear - divergence([name]) for name in names}
+    return dict(sorted(gain.items(), key=lambda item: -item[1]))
+
+
+def distill(
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: Batches,
+    *,
+    steps: int,
+    lr: float = 1e-3,
+    lr_added: float | None = None,
+    trained: str = "all",
+    temperature: float = 1.0,
+    hidden: float = 0.0,
+    masked: float = 0.0,
+    patch: int = 0,
+    labels: float = 0.0,
+    checkpoint: Path | None = None,
+    told: Told | None = None,
+) -> None:
+    """Train `model` to answer as `teacher` does: temperature² · KL(teacher ‖ student) of their logits, and by weight
+
+        hidden   Σ (h − h')² / Σ h'² of the hidden states after each layer, RADLADS and ViT-Linearizer's activation matching
+        masked   that share of the `patch` × `patch` patches of pixel_values is hidden from the student only, which must tell what the
+                 teacher makes of them: ViT-Linearizer's masked prediction, arXiv:2504.00037; with hidden > 0
+        labels   the model's own loss, where batches have labels
+
+    trained  "all", "attention" (the swapped modules) or "added" (what the swap added); lr_added is for the latter, None: lr
+    teacher  a model of its own, made before the swap; weights are shared by a swapped model and its originals, so `mode` is no teacher here
+    """
+    given = [(p, True) for module in swapped_of(model).values() for p in module.added().values()]
+    added = [p for p, _ in given]
+    pools = {"all": model.parameters(), "attention": (p for m in swapped_of(model).values() for p in m.parameters()), "added": added}
+    if trained not in pools:
+        raise ValueError(f"trained must be one of {list(pools)}; got {trained!r}")
+    if masked and not (hidden and patch):
+        raise ValueError(f"masked={masked} needs hidden > 0, which it is judged by, and patch, the width of a patch; got {hidden}, {patch}")
+    if any(p is q for p in teacher.parameters() for q in added) or any(isinstance(m, SwappedAttention) for m in teacher.modules()):
+        raise ValueError("teacher must be the model before the swap: load or copy it first")
+    ids = {id(p) for p in added}
+    rest = [p for p in pools[trained] if id(p) not in ids and p.requires_grad]
+    groups = [(params, rate) for params, rate in ((rest, lr), (added, lr if lr_added is None else lr_added)) if params]
+
+    def loss(step: int) -> Tensor:
+        batch = batches(step)
+        asked = {name: value for name, value in batch.items() if name != "labels"}
+        with torch.no_grad():
+            wanted = _call(teacher, asked, hidden=bool(hidden))
+        own = dict(batch if labels else asked)
+        if masked:
+            own["pixel_values"] = _hide_patches(own["pixel_values"], masked, patch, step)
+        answer = _call(model, own, hidden=bool(hidden))
+        total = temperature**2 * kl(answer.logits, wanted.logits, batch, temperature)
+        if hidden:
+            pairs = list(zip(answer.hidden_states[1:], wanted.hidden_states[1:]))
+            total = total + hidden * sum(_relative(h, w) for h, w in pairs) / len(pairs)
+        return total + labels * answer.loss if labels else total
+
+    with _frozen_but(model, [*rest, *added]), _switched(model, training=True), _switched(teacher, training=False):
+        _train(groups, loss, steps, checkpoint=checkpoint, told=told)
+
+
+def finetune(
+    model: nn.Module, batches: Batches, *, steps: int, lr: float = 1e-4, checkpoint: Path | None = None, told: Told | None = None
+) -> None:
+    """Train what requires a gradient by the model's own loss; batches have labels. After `with_lora`: LoLCATs' second stage."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with _switched(model, training=True):
+        _train([(parameters, lr)], lambda step: _call(model, batches(step)).loss, steps, checkpoint=checkpoint, told=told)
+
+
+def with_lora(model: nn.Module, *, rank: int = 8, alpha: int = 16) -> Any:
+    """The model with low-rank adapters (LoRA, by PEFT) on the projections of its swapped attention, which alone can then be trained.
+
+    `merged = lora.merge_and_unload()` folds them into the weights. ValueError where PEFT is missing.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError:
+        raise ValueError("low-rank adapters need PEFT: pip install peft") from None
+    targets = [
+        f"{name}.{part}"
+        for name, module in swapped_of(model).items()
+        for part in module.adapter.parts
+        if isinstance(getattr(module, part), nn.Linear) or type(getattr(module, part)).__name__ == "Conv1D"
+    ]
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+
+
+def kl(logits: Tensor, wanted: Tensor, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """KL(wanted ‖ logits) in nats, mean over tokens, those of `attention_mask` where the batch has one."""
+    each = F.kl_div(
+        (logits.float() / temperature).log_softmax(-1), (wanted.float() / temperature).log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    real = batch.get("attention_mask")
+    return each.mean() if real is None or real.shape != each.shape else each[real.bool()].mean()
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _train(groups, loss_of, steps: int, *, checkpoint: Path | None, told: Told | None, clip: float = 1.0) -> None:
+    """`steps` steps of AdamW without weight decay, the rate falling along a cosine to a tenth; with `checkpoint`, from where it stood."""
+    if steps < 0:
+        raise ValueError(f"steps must be at least 0; got {steps}")
+    parameters = [p for group, _ in groups for p in group]
+    for _, lr in groups:
+        if not lr > 0:
+            raise ValueError(f"lr must be above 0; got {lr}")
+    optimizer = torch.optim.AdamW([{"params": group, "lr": lr, "peak": lr} for group, lr in groups], weight_decay=0.0)
+    first = _resume(checkpoint, parameters, optimizer) if checkpoint and checkpoint.exists() else 0
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * min(1.0, (step + 1) / max(1, steps // 20)) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+        loss = loss_of(step)
+        if not bool(torch.isfinite(loss)):
+            raise FloatingPointError(f"the loss of step {step + 1} is not finite; try a lower lr")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        if told:
+            told(step + 1, float(loss.detach()))
+        if checkpoint and ((step + 1) % 50 == 0 or step + 1 == steps):
+            _save(checkpoint, step + 1, parameters, optimizer)
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _save(path: Path, step: int, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+    beside = path.with_suffix(".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"step": step, "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict()}, beside)
+    os.replace(beside, path)
+
+
+def _resume(path: Path, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
+    saved = torch.load(path, weights_only=True)
+    if [p.shape for p in saved["parameters"]] != [p.shape for p in parameters]:
+        raise ValueError(f"{path} is of another model or stage: its parameters have other shapes")
+    with torch.no_grad():
+        for p, value in zip(parameters, saved["parameters"]):
+            p.copy_(value)
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"]
+
+
+@contextmanager
+def _frozen_but(model: nn.Module, trained: Sequence[Tensor]) -> Iterator[None]:
+    ids, before = {id(p) for p in trained}, [(p, p.requires_grad) for p in model.parameters()]
+    for p, _ in before:
+        p.requires_grad_(id(p) in ids)
+    try:
+        yield
+    finally:
+        for p, flag in before:
+            p.requires_grad_(flag)
+
+
+@contextmanager
+def _switched(model: nn.Module, *, training: bool) -> Iterator[None]:
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in before:
+            module.training = flag
+
+
+def _call(model: nn.Module, batch: Batch, *, hidden: bool = False) -> Any:
+    return model(**batch, output_hidden_states=True) if hidden else model(**batch)
+
+
+def _errors(modules: Iterable[SwappedAttention]) -> Tensor:
+    return torch.stack([_error(module) for module in modules]).sum()
+
+
+def _error(module: SwappedAttention) -> Tensor:
+    if module.error is None:
+        raise ValueError("a swapped module was not called: the batch must reach all of them")
+    return module.error
+
+
+def _relative(h: Tensor, wanted: Tensor) -> Tensor:
+    return (h.float() - wanted.float()).square().sum() / wanted.float().square().sum().clamp_min(1e-12)
+
+
+def _hide_patches(pixels: Tensor, share: float, patch: int, step: int) -> Tensor:
+    """pixels [B C Y X] with `share` of the patches at 0, others at each step."""
+    B, _, Y, X = pixels.shape
+    generator = torch.Generator().manual_seed(step)
+    seen = (torch.rand(B, 1, Y // patch, X // patch, generator=generator) >= share).to(pixels)
+    return pixels * seen.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
