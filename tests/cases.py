@@ -38,6 +38,7 @@ class Case:
     H: int = 2
     packed: bool = False  # B = 1, `lengths` of T in all
     state: bool = True  # an initial state is given
+    final: bool = True  # the last one is asked for
     record: tuple[str, ...] = ()
     stride: int = 16
 
@@ -58,7 +59,7 @@ class Case:
     def __str__(self) -> str:
         words = [self.decay, "delta" if self.delta else "additive", self.direction, self.normalize, f"T{self.T}", f"G{self.groups}"]
         words += [str(self.dtype).removeprefix("torch."), "x".join(map(str, self.widths)), "packed" if self.packed else "dense"]
-        return "-".join([*words, "from" if self.state else "fresh", "+".join(self.record) or "plain", str(self.stride)])
+        return "-".join([*words, "from" if self.state else "fresh", "to" if self.final else "open", "+".join(self.record) or "plain", str(self.stride)])
 
     def inputs(self, seed: int = 0) -> tuple[dict, dict]:
         """(tensors, options) of `linear_attention`. Normalised calls have positive features, and clamped ones some rows of q negative,
@@ -89,7 +90,7 @@ class Case:
         rest = (("log_decay", log_decay), ("beta", beta), ("kv", kv), ("z", z))
         tensors |= {name: to(x, self.accumulator) for name, x in rest}
         options = {"causal": self.causal, "gating": None if self.causal else self.direction, "normalize": self.normalize}
-        options |= {"eps": 0.1, "record": self.record, "stride": self.stride}
+        options |= {"eps": 0.1, "record": self.record, "stride": self.stride, "return_state": self.final}
         options["normalize"] = False if self.normalize == "none" else self.normalize
         if self.packed:
             options["cu_seqlens"] = torch.tensor((0, *itertools.accumulate(self.lengths)))

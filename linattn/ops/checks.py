@@ -117,12 +117,12 @@ def check_values(log_decay, cu_seqlens, T):
             raise ValueError(f"cu_seqlens must not decrease; got {ends if len(ends) < 20 else '…'}")
 
 
-def initial_states(state, normalizer, causal, shape, device, acc) -> tuple[Tensor, Tensor]:
-    """Initial state with its directions axis explicit, zeros where none was given: kv [D N H K V], z [D N H K]."""
+def initial_states(state, normalizer, causal, shape, device, acc) -> tuple[Tensor | None, Tensor | None]:
+    """Initial state with its directions axis explicit: kv [D N H K V], z [D N H K]; None twice where none was given."""
     lead = (1, *shape) if causal else (2, *shape)
     normal = normalizer != "none"
     if state is None:
-        return torch.zeros(lead, device=device, dtype=acc), torch.zeros(lead[:-1], device=device, dtype=acc)
+        return None, None
     if not isinstance(state, tuple) or len(state) != 2:
         raise ValueError(f"initial_state must be a linattn.State(kv, z); got {type(state).__name__}")
     kv, z = state

@@ -5,6 +5,7 @@ import torch
 from .form import GATINGS, NORMALIZERS, Call, Form
 
 NAME = "cpu"
+STATELESS = False  # it is handed zeros for a state that is not there
 
 _LIB = torch.library.Library("linattn", "FRAGMENT")
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor kv, Tensor z, Tensor? cu_seqlens"

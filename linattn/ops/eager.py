@@ -9,6 +9,7 @@ from ..reference import chunked
 from .form import Call, Form, accumulator, boundary_rows
 
 NAME = "eager"
+STATELESS = False  # it is handed zeros for a state that is not there
 CHUNK, CHANNEL_CHUNK = 64, 16  # a channel decay forms [C C K] per chunk: 16 keeps that as small as one state
 
 

@@ -35,6 +35,7 @@ class Form(NamedTuple):
     eps: float
     stride: int  # tokens between recorded boundary states; 0: none recorded
     writes: bool  # whether the effective writes are recorded
+    final: bool = True  # whether the last state is wanted
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -92,12 +92,13 @@ def linear_attention(
     log_decay = None if log_decay is None else log_decay.to(acc)
     beta = None if beta is None else beta.to(acc)
     name = choose(Call(q.device.type, q.dtype, kind, beta is not None, causal, k.shape[-1], v.shape[-1]), backend)
-    form = Form(scale, causal, gating or "target", normalizer, float(eps), stride if "boundaries" in record else 0, "writes" in record)
-    tensors = (q, k, v, log_decay, beta, kv, z, cu_seqlens)
+    stride = stride if "boundaries" in record else 0
+    form = Form(scale, causal, gating or "target", normalizer, float(eps), stride, "writes" in record, bool(return_state))
     if name == "reference":  # plain autograd, never behind torch.library
-        o, kv, z, bkv, bz, u = BY_NAME[name].run(*tensors, form)
+        kv, z = (kv, z) if kv is not None else _zero_states(q, k, v, cu_seqlens, form)
+        o, kv, z, bkv, bz, u = BY_NAME[name].run(q, k, v, log_decay, beta, kv, z, cu_seqlens, form)
     else:
-        o, kv, z, _, bkv, bz, u = torch.ops.linattn.forward(*tensors, *form, name)
+        o, kv, z, _, bkv, bz, u = torch.ops.linattn.forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, *form, name)
     squeeze = lambda x, used=True: None if x is None or not used else x[0] if causal else x
     normal = normalizer != "none"
     state = State(squeeze(kv), squeeze(z, normal)) if return_state else None
@@ -152,44 +153,64 @@ def step(
 # -- torch.library: schema, kernel, fake and autograd, once ------------------------------------------------------------------------------
 
 _LIB = torch.library.Library("linattn", "DEF")
-_FORM = "float scale, bool causal, str gating, str normalize, float eps, int stride, bool writes, str backend"
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor kv, Tensor z, Tensor? cu_seqlens"
+# States that nobody gave or asked for are None (both, or neither) or empty: to some kernels they would be as many bytes again as the call.
+_FORM = "float scale, bool causal, str gating, str normalize, float eps, int stride, bool writes, bool final, str backend"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor? kv, Tensor? z, Tensor? cu_seqlens"
 _LIB.define(f"forward({_INPUTS}, {_FORM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 _LIB.define(
-    "backward(Tensor do, Tensor dkv, Tensor dz, Tensor? dbkv, Tensor? dbz, Tensor? dwrites, "
+    "backward(Tensor do, Tensor? dkv, Tensor? dz, Tensor? dbkv, Tensor? dbz, Tensor? dwrites, "
     f"{_INPUTS}, Tensor o, Tensor d, {_FORM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, scale, causal, gating, normalize, eps, stride, writes, backend):
-    form = Form(scale, causal, gating, normalize, eps, stride, writes)
-    return tuple(x.contiguous() for x in BY_NAME[backend].forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, form))
+def _zero_states(q, k, v, cu_seqlens, form: Form) -> tuple[Tensor, Tensor]:
+    """kv [D N H K V] and z [D N H K] of a call that starts from nothing."""
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    kv = q.new_zeros(1 if form.causal else 2, N, *k.shape[2:], v.shape[3], dtype=accumulator(q.dtype))
+    return kv, torch.zeros_like(kv[..., 0])
 
 
-def _forward_fake(q, k, v, log_decay, beta, kv, z, cu_seqlens, scale, causal, gating, normalize, eps, stride, writes, backend):
-    (B, T, HQ, _), (H, K), V = q.shape, k.shape[2:], v.shape[3]
-    normal, D = normalize != "none", 1 if causal else 2
-    rows = boundary_rows(T, 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1, stride)
+def _forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, *rest):
+    form, backend = Form(*rest[:-1]), BY_NAME[rest[-1]]
+    if kv is None and not backend.STATELESS:
+        kv, z = _zero_states(q, k, v, cu_seqlens, form)
+    o, *states, d, bkv, bz, u = backend.forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, form)
+    states = states if form.final else [d.new_empty(0) for _ in states]
+    return tuple(x.contiguous() for x in (o, *states, d, bkv, bz, u))
+
+
+def _forward_fake(q, k, v, log_decay, beta, kv, z, cu_seqlens, *rest):
+    (B, T, HQ, _), (H, K), V, form = q.shape, k.shape[2:], v.shape[3], Form(*rest[:-1])
+    normal, D = form.normalize != "none", 1 if form.causal else 2
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = boundary_rows(T, 1 if cu_seqlens is None else N, form.stride)
+    new = lambda *shape, used=True: q.new_empty(*(shape if used else (0,)), dtype=accumulator(q.dtype))
     return (
         q.new_empty(B, T, HQ, V),
-        torch.empty_like(kv, memory_format=torch.contiguous_format),
-        torch.empty_like(z, memory_format=torch.contiguous_format) if normal else kv.new_empty(0),
-        kv.new_empty(B, T, HQ) if normal else kv.new_empty(0),
-        kv.new_empty(D, B, rows, H, K, V),
-        kv.new_empty(D, B, rows if normal else 0, H, K),
-        kv.new_empty(D, B, T if writes else 0, H, V),
+        new(D, N, H, K, V, used=form.final),
+        new(D, N, H, K, used=form.final and normal),
+        new(B, T, HQ, used=normal),
+        new(D, B, rows, H, K, V),
+        new(D, B, rows if normal else 0, H, K),
+        new(D, B, T if form.writes else 0, H, V),
     )
 
 
 def _backward(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, cu_seqlens, o, d, *rest):
-    form, backend = Form(*rest[:-1]), rest[-1]
+    form, backend = Form(*rest[:-1]), BY_NAME[rest[-1]]
+    given = kv is not None
+    if not backend.STATELESS:
+        kv, z = (kv, z) if given else _zero_states(q, k, v, cu_seqlens, form)
+        dkv, dz = (dkv, dz) if dkv is not None else (torch.zeros_like(kv), torch.zeros_like(z))
     inputs = (q, k, v, log_decay, beta, kv, z, cu_seqlens)
-    grads = BY_NAME[backend].backward(do, dkv, dz, dbkv, dbz, dwrites, *inputs, o, d, form)
-    return tuple(kv.new_empty(0) if g is None else g.contiguous() for g in grads)
+    grads = list(backend.backward(do, dkv, dz, dbkv, dbz, dwrites, *inputs, o, d, form))
+    if not given:
+        grads[5:] = None, None
+    return tuple(d.new_empty(0) if g is None else g.contiguous() for g in grads)
 
 
 def _backward_fake(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, cu_seqlens, o, d, *rest):
-    like = lambda x: kv.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    like = lambda x: d.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     return tuple(like(x) for x in (q, k, v, log_decay, beta, kv, z))
 
 
@@ -201,17 +222,25 @@ def _save(ctx, inputs, output):
 
 def _autograd(ctx, do, dkv, dz, _, dbkv, dbz, dwrites):
     *inputs, o, d = ctx.saved_tensors
-    kv, z = inputs[5:7]
-    _, stride, writes = ctx.rest[4], ctx.rest[5], ctx.rest[6]
+    form = Form(*ctx.rest[:-1])
     do = torch.zeros_like(o) if do is None else do
-    dkv = torch.zeros_like(kv) if dkv is None else dkv
-    dz = torch.zeros_like(z) if dz is None or not dz.numel() else dz
-    dbkv, dbz = (dbkv, dbz) if stride else (None, None)
+    dkv, dz = _both(dkv, dz, o.shape[-1]) if form.final else (None, None)
+    dbkv, dbz = (dbkv, dbz) if form.stride else (None, None)
     if dbz is not None and dbkv is None:  # backends take both or neither
         dbkv = dbz.new_zeros(*dbz.shape, o.shape[-1])
-    grads = torch.ops.linattn.backward(do, dkv, dz, dbkv, dbz, dwrites if writes else None, *inputs, o, d, *ctx.rest)
+    grads = torch.ops.linattn.backward(do, dkv, dz, dbkv, dbz, dwrites if form.writes else None, *inputs, o, d, *ctx.rest)
     grads = [None if x is None else g for x, g in zip(inputs[:7], grads, strict=True)]
     return *grads, *([None] * (1 + len(ctx.rest)))
+
+
+def _both(dkv, dz, V):
+    """Gradients of a state: both, or neither. A call that is not normalised has an empty z, but its kernels are handed a whole one."""
+    dz = None if dz is None or not dz.numel() else dz
+    if dkv is None and dz is not None:
+        dkv = dz.new_zeros(*dz.shape, V)
+    if dz is None and dkv is not None:
+        dz = torch.zeros_like(dkv[..., 0])
+    return dkv, dz
 
 
 def _no_second_derivative(ctx, *_):

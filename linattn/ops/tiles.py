@@ -4,11 +4,12 @@ from typing import NamedTuple
 
 MAX_WIDTH = 256
 LEAST = 4  # chunks per segment: joining segments is one more launch, and shorter ones are not worth it
+SHORTEST = 256  # tokens of a sequence up to which the quadratic form is taken
 PROGRAMS = 528  # two waves of two programs on each of 132 multiprocessors
 
 
 class Tile(NamedTuple):
-    C: int  # tokens per chunk; all kernels of a forward share it, and all of a backward
+    C: int  # tokens per chunk, or block; all kernels of a forward share it, and all of a backward
     BV: int  # columns of V per program, or per turn of a loop over V
     warps: int
     stages: int
@@ -48,6 +49,7 @@ CDNA = {
     ("one", 64): HOPPER["one", 64],
     ("both", 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
 }
+SHORT = {64: ((64, 4, 2), (64, 4, 2)), 128: ((64, 4, 2), (64, 8, 2)), 256: ((32, 8, 1), (32, 8, 1)), 512: ((16, 8, 1), (16, 8, 1))}
 INTERPRETER = {(kind, width): ((32 if "delta" in kind else 64, 32, 1, 1),) * len(KERNELS) for kind in KINDS for width in WIDTHS}
 TABLE = {"sm_80": AMPERE, "sm_90": HOPPER, "gfx942": CDNA, "interpreter": INTERPRETER}
 ARCHITECTURES = tuple(name for name in TABLE if name != "interpreter")
@@ -64,6 +66,12 @@ def pick(arch: str, kernel: str, at: tuple[str, int], V: int) -> Tile:
     """The tile of `kernel` in row `at`."""
     C, BV, warps, stages = TABLE[arch][at][KERNELS.index(kernel)]
     return Tile(C, min(BV, power_of_two(V)), warps, stages)
+
+
+def pick_short(arch: str, backward: bool, at: tuple[str, int], V: int) -> Tile:
+    """The tile of the quadratic kernels, which hold rows of V whole."""
+    C, warps, stages = SHORT[at[1]][backward]
+    return Tile(C, power_of_two(V), warps, stages)
 
 
 def power_of_two(n: int) -> int:

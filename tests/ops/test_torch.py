@@ -19,6 +19,8 @@ AXES = {
     "packed": (False, True),
     "record": RECORDS,
     "dtype": (torch.float32, torch.bfloat16),
+    "state": (True, False),
+    "final": (True, False),
 }
 SOME = [Case(**row, widths=(5, 3)) for row in pairwise(AXES)]
 BACKEND = pytest.mark.parametrize("backend", REGISTERED)
@@ -30,11 +32,12 @@ def raw(case, backend):
     """Arguments of `torch.ops.linattn.forward` for `case`, all floating ones wanting a gradient."""
     tensors, options = case.inputs()
     q, k, v, log_decay, beta, kv, z = (None if (x := tensors[name]) is None else x.requires_grad_() for name in NAMES)
-    z = kv.detach()[..., 0].clone() if z is None else z
-    kv, z = (kv[None], z[None]) if case.causal else (kv, z)
-    inputs = (q, k, v, log_decay, beta, kv.detach().requires_grad_(), z.detach().requires_grad_(), options.get("cu_seqlens"))
+    if kv is not None:
+        z = kv.detach()[..., 0].clone() if z is None else z
+        kv, z = (x.detach()[None if case.causal else ...].requires_grad_() for x in (kv, z))
+    inputs = (q, k, v, log_decay, beta, kv, z, options.get("cu_seqlens"))
     stride = case.stride if "boundaries" in case.record else 0
-    form = (0.5, case.causal, options["gating"] or "target", case.normalize, 0.1, stride, "writes" in case.record)
+    form = (0.5, case.causal, options["gating"] or "target", case.normalize, 0.1, stride, "writes" in case.record, case.final)
     return (*inputs, *form, backend)
 
 
@@ -50,7 +53,7 @@ def test_opcheck_backward(case, backend):
     args = [x.detach() if isinstance(x, torch.Tensor) else x for x in raw(case, backend)]
     inputs, rest = args[:8], args[8:]
     o, kv, z, d, bkv, bz, writes = torch.ops.linattn.forward(*args)
-    z = torch.zeros_like(inputs[6])
+    kv, z = (kv, torch.zeros_like(kv[..., 0])) if case.final else (None, None)
     record = (bkv if "boundaries" in case.record else None, bz if "boundaries" in case.record else None)
     incoming = (torch.randn_like(o), kv, z, *record, writes if "writes" in case.record else None)
     torch.library.opcheck(torch.ops.linattn.backward.default, (*incoming, *inputs, o, d, *rest))

@@ -9,6 +9,7 @@ from widening import widen_bfloat16
 
 import linattn
 from linattn.ops import tiles
+from linattn.ops.triton import passes
 
 widen_bfloat16()
 pytestmark = [  # of NumPy, inside the interpreter
@@ -29,6 +30,7 @@ FEATURES = {
     "widths": ((16, 16), (20, 40), (40, 20)),
     "packed": (False, True),
     "state": (True, False),
+    "final": (True, False),
     "record": RECORDS,
     "stride": (16, 48, 64),
     "programs": (1, 100),
@@ -71,11 +73,31 @@ def test_pairs_of_all_features(case, programs):
     compare(case, programs)
 
 
+SHORT = {
+    "decay": ("none", "head", "scalar"),
+    "direction": ("causal", "source", "target", "symmetric"),
+    "normalize": ("none", "sum", "clamp"),
+    "groups": (1, 3),
+    "T": (1, 15, 64, 65, 130),
+    "widths": ((16, 16), (20, 40), (40, 20)),
+}
+
+
+@pytest.mark.parametrize("case", [Case(**row, B=2, H=1, state=False, final=False) for row in pairwise(SHORT)], ids=str)
+def test_short_sequences(case, monkeypatch):
+    """Without states and up to 256 tokens by the quadratic form, and by no other."""
+    monkeypatch.setattr(passes, "seg_state", None)
+    monkeypatch.setattr(passes, "output", None)
+    compare(case)
+
+
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("direction", ("causal", "symmetric"))
-@pytest.mark.parametrize("delta", (False, True))
-def test_bfloat16(decay, direction, delta):
-    case = Case(decay=decay, delta=delta, direction=direction, B=1, H=1, T=70, widths=(16, 16), dtype=torch.bfloat16)
+@pytest.mark.parametrize("way", ("additive", "delta", "short"))
+def test_bfloat16(decay, direction, way):
+    states = {"state": way != "short", "final": way != "short"}
+    delta = way == "delta"
+    case = Case(decay=decay, delta=delta, direction=direction, B=1, H=1, T=70, widths=(16, 16), dtype=torch.bfloat16, **states)
     gold, got = whole(case, "reference", double=True), whole(case, "triton")
     for name, true in gold.items():
         size = max(true.norm().item(), 4 * gold["o"].norm().item() if name == "dlog_decay" else 0.0)  # of a head: a sum that cancels

@@ -11,6 +11,7 @@ from ..tiles import ARCHITECTURES, MAX_WIDTH, TABLE, row
 
 NAME = "triton"
 DEVICE = "cuda"
+STATELESS = True  # a state that is not there is neither read nor written
 
 
 def why_not(call: Call) -> str | None:

@@ -17,7 +17,7 @@ from .layout import column, first_row, gradient, locate, matrix, put, put_column
 def seg_sum(
     parts, parts_z, kv, z, dkv, dz, cu_seqlens, whole, whole_z, last, last_z, N, T, H, segments, chunks,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, NORMALIZE: tl.constexpr,
-    VARLEN: tl.constexpr,
+    VARLEN: tl.constexpr, GRAD: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
     """Grid (S or G, N × H, V tiles): the whole sum, and the last state of either side, which holds its own initial state alone."""
     f, n, h, iv = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H, tl.program_id(2)
@@ -35,18 +35,24 @@ def seg_sum(
         if NORMALIZE:
             Z += vector(parts_z, row, k, K)
     row, right, out = n * H + h, (N + n) * H + h, (2 * f * N + n) * H + h
-    if f == 0:
-        left_S, right_S = matrix(kv, row, k, v, K, V), matrix(kv, right, k, v, K, V)
-        left_Z, right_Z = vector(z, row, k, K), vector(z, right, k, K)
-    else:
-        left_S, right_S = matrix(dkv, row, k, v, K, V), matrix(dkv, right, k, v, K, V)
-        left_Z, right_Z = vector(dz, row, k, K), vector(dz, right, k, K)
-    put_matrix(last, S + left_S, out, k, v, K, V)
-    put_matrix(last, S + right_S, out + N * H, k, v, K, V)
+    left_S, right_S = tl.zeros([BK, BV], tl.float32), tl.zeros([BK, BV], tl.float32)
+    left_Z, right_Z = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
+    if STARTS:
+        if f == 0:
+            left_S, right_S = matrix(kv, row, k, v, K, V), matrix(kv, right, k, v, K, V)
+            left_Z, right_Z = vector(z, row, k, K), vector(z, right, k, K)
+    if GRAD and ENDS:
+        if f == 1:
+            left_S, right_S = matrix(dkv, row, k, v, K, V), matrix(dkv, right, k, v, K, V)
+            left_Z, right_Z = vector(dz, row, k, K), vector(dz, right, k, K)
+    if (STARTS and GRAD) or (ENDS and not GRAD):
+        put_matrix(last, S + left_S, out, k, v, K, V)
+        put_matrix(last, S + right_S, out + N * H, k, v, K, V)
+        if iv == 0:
+            put_vector(last_z, Z + left_Z, out, k, K)
+            put_vector(last_z, Z + right_Z, out + N * H, k, K)
     put_matrix(whole, S + left_S + right_S, (f * N + n) * H + h, k, v, K, V)
     if iv == 0:
-        put_vector(last_z, Z + left_Z, out, k, K)
-        put_vector(last_z, Z + right_Z, out + N * H, k, K)
         put_vector(whole_z, Z + left_Z + right_Z, (f * N + n) * H + h, k, K)
 
 

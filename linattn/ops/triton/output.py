@@ -18,7 +18,7 @@ def output(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr,
     DELTA: tl.constexpr, LEAVING_LEFT: tl.constexpr, LEAVING_RIGHT: tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr,
     DIVIDE: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr, SCANNED: tl.constexpr, RECORD: tl.constexpr,
-    WRITES: tl.constexpr, PIPE: tl.constexpr,
+    WRITES: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (V tiles, segments × query heads). NORMALIZE: row sums d are formed; DIVIDE: "none", "sum" or "clamp".
 
@@ -29,7 +29,10 @@ def output(
     n, start, length, block = locate(segment, cu_seqlens, N, T, chunks * C, VARLEN)
     count = tl.minimum(chunks, tl.cdiv(length, C) - block * chunks)
     jk, jv = tl.arange(0, BK), iv * BV + tl.arange(0, BV)
-    S, z = matrix(incoming, segment * H + h, jk, jv, K, V), vector(incoming_z, segment * H + h, jk, K)
+    if SCANNED or STARTS:
+        S, z = matrix(incoming, segment * H + h, jk, jv, K, V), vector(incoming_z, segment * H + h, jk, K)
+    else:
+        S, z = tl.zeros([BK, BV], tl.float32), tl.zeros([BK], tl.float32)
     right_row = (segments + segment) * H + h  # the family N follows P
     chunk_row = first_row(n, start, T, C, VARLEN)
     record_row = first_row(n, start, T, C * every, VARLEN)
@@ -78,7 +81,7 @@ def output(
                 out = out / tl.maximum(rows, eps)[:, None]
         put(o, out, first, step, live, H * G, hq, jv, V)
         S = carried(S, L, DECAY) + written(b_k, b_u, L - ell, DECAY)  # carry
-    if not SCANNED:  # one segment is the whole sequence
+    if ENDS and not SCANNED:  # one segment is the whole sequence
         if speaks:
             put_matrix(last, S, n * H + h, jk, jv, K, V)
             if iv == 0:

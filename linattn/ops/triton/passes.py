@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from ..form import KINDS, Form, boundary_rows
-from ..tiles import Tile, chunks_per_segment, pick, power_of_two, row
+from ..tiles import SHORTEST, Tile, chunks_per_segment, pick, pick_short, power_of_two, row
 from . import architecture
 from .delta import wy, wy_backward
 from .gradients import bwd_dkv, bwd_dq
 from .nodecay import nodecay_bwd, nodecay_out, seg_sum
 from .output import output
+from .short import short, short_bwd, short_gates
 from .state import seg_scan, seg_state
 
 
@@ -73,6 +74,11 @@ class Pass:
     def new(self, *shape, dtype=torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.k.device)
 
+    def last(self, families: int, wanted: bool, rows: int) -> tuple[Tensor, Tensor]:
+        """Room for the states at the end of segments or sequences, and their z; empty if nobody wants them."""
+        rows = rows if wanted else 0
+        return self.new(families, rows, self.H, self.K, self.V), self.new(families, rows, self.H, self.K)
+
     def per_gate(self, heads: int) -> Tensor:
         if self.decay == "none":
             return self.none
@@ -91,9 +97,9 @@ class Pass:
     def gate(self) -> Tensor:
         return self.none if self.g is None else self.g
 
-    def states(self, kv, z, dkv=None, dz=None, gradients=(), w=None, u=None, du=None):
+    def states(self, kv, z, ends: bool, dkv=None, dz=None, gradients=(), w=None, u=None, du=None):
         """Run seg_state and seg_scan. → (chunk states, their z, their fades, what enters the segments, its z), (last, last_z)."""
-        grad, D, H, K, V = dkv is not None, self.D, self.H, self.K, self.V
+        grad, D, H, K, V, whether = bool(gradients), self.D, self.H, self.K, self.V, {"STARTS": kv is not None, "ENDS": ends}
         do, dd, factor, dbkv, dbz, dwrites = gradients or (None,) * 6
         kernel = "bwd_state" if grad else "state"
         families = 2 * D if grad else D
@@ -103,7 +109,8 @@ class Pass:
         states, zs = self.new(kept, chunk_rows, H, K, V, dtype=self.k.dtype), self.new(kept, chunk_rows, H, K if self.normal else 0)
         wide = [K] if self.decay == "channel" else []
         fades, totals = self.new(kept, chunk_rows, H, *wide), self.new(families, self.segments, H, *wide)
-        parts, parts_z = self.new(families, self.segments, H, K, V), self.new(families, self.segments, H, K)
+        wanted = kv is not None if grad else ends
+        parts, parts_z = self.last(families, self.scanned or wanted, self.segments)
         options = self.full(
             kernel,
             GRAD=grad,
@@ -112,6 +119,7 @@ class Pass:
             RECORD=dbkv is not None,
             WRITES=dwrites is not None,
             PIPE=self.tile(kernel).stages,
+            **whether,
         )
         if families > family:
             grid = ((families - family) * -(-V // options["BV"]), self.segments * H)
@@ -124,16 +132,16 @@ class Pass:
             )  # fmt: skip
         if not self.scanned:
             return (states, zs, fades, kv, z), (parts, parts_z)
-        last, last_z = self.new(families, self.N, H, K, V), self.new(families, self.N, H, K)
-        options = self.options(kernel, BOTH=D == 2, NORMALIZE=self.normal)
+        last, last_z = self.last(families, wanted, self.N)
+        options = self.options(kernel, BOTH=D == 2, NORMALIZE=self.normal, GRAD=grad, **whether)
         seg_scan[(families, self.N * H, -(-V // options["BV"]))](
             parts,
             parts_z,
             totals,
             kv,
             z,
-            dkv if grad else kv,
-            dz if grad else z,
+            dkv,
+            dz,
             last,
             last_z,
             self.cu_seqlens,
@@ -152,16 +160,17 @@ class Pass:
         B = 1 if self.cu_seqlens is not None else self.N
         self.cut("output")
         w, v = self.solve("state") if delta else (None, self.v)
-        (states, zs, fades, incoming, incoming_z), (last, last_z) = self.states(kv, z)
+        (states, zs, fades, incoming, incoming_z), (last, last_z) = self.states(kv, z, form.final)
         o, d = self.new(B, self.T, H * self.G, V, dtype=dtype), self.new(B, self.T, H * self.G if self.normal else 0)
         rows = boundary_rows(self.T, self.N if self.cu_seqlens is not None else 1, form.stride)
         zeros = torch.zeros if self.cu_seqlens is not None else torch.empty  # packed rows between sequences belong to nobody
-        bkv = zeros(B, rows, H, K, V, dtype=torch.float32, device=kv.device)
-        bz = zeros(B, rows if self.normal else 0, H, K, dtype=torch.float32, device=kv.device)
+        bkv = zeros(B, rows, H, K, V, dtype=torch.float32, device=self.k.device)
+        bz = zeros(B, rows if self.normal else 0, H, K, dtype=torch.float32, device=self.k.device)
         u = self.new(B, self.T, H, V) if form.writes and delta else None
         options = self.full(
-            "output", DELTA=delta, DIVIDE=divide, RECORD=form.stride > 0, WRITES=u is not None, PIPE=self.tile("output").stages
-        )
+            "output", DELTA=delta, DIVIDE=divide, RECORD=form.stride > 0, WRITES=u is not None, PIPE=self.tile("output").stages,
+            STARTS=kv is not None, ENDS=form.final,
+        )  # fmt: skip
         output[(-(-V // options["BV"]), self.segments * H * self.G)](
             self.q, self.k, v, self.gate, w, incoming, incoming_z, states, zs, fades, self.cu_seqlens, o, d, u, bkv, bz, last, last_z,
             form.scale, form.eps, self.N, self.T, H, self.G, self.segments, self.chunks, max(1, form.stride // self.C), **options,
@@ -177,7 +186,7 @@ class Pass:
             w, u = self.solve("bwd_state")
             du = torch.empty_like(self.v)
         gradients = (do, dd, factor, dbkv, dbz, dwrites)
-        (states, zs, fades, incoming, incoming_z), (last, last_z) = self.states(kv, z, dkv, dz, gradients, w, u, du)
+        (states, zs, fades, incoming, incoming_z), (last, last_z) = self.states(kv, z, dkv is not None, dkv, dz, gradients, w, u, du)
         dq, dk, dv = (torch.empty_like(x, dtype=dtype or x.dtype) for x in (self.q, self.k, self.v))
         dg_rows, dg = self.per_gate(H * self.G), self.per_gate(H)
         entered = (states, zs, fades, incoming, incoming_z, self.cu_seqlens)
@@ -207,14 +216,15 @@ class NoDecay(Pass):
     def __init__(self, q, k, v, cu_seqlens, form: Form):
         super().__init__(q, k, v, None, None, cu_seqlens, form, 0)
 
-    def sums(self, kernel, kv, z, dkv=None, dz=None, do=None, dd=None, factor=None):
+    def sums(self, kernel, kv, z, ends: bool, dkv=None, dz=None, do=None, dd=None, factor=None):
         """S, and with gradients G, of each sequence: [1 or 2, N H ·] in the dtype of k, z in float32; last states [2 or 4, N H ·]."""
-        H, K, V, none, grad = self.H, self.K, self.V, self.none, dkv is not None
+        H, K, V, none, grad, whether = self.H, self.K, self.V, self.none, do is not None, {"STARTS": kv is not None, "ENDS": ends}
         families = 2 if grad else 1
         parts, parts_z = self.new(families, self.segments, H, K, V), self.new(families, self.segments, H, K)
         options = self.full(
-            kernel, GRAD=grad, DELTA=False, KEEP=False, RECORD=False, WRITES=False, PIPE=self.tile(kernel).stages, SCANNED=True
-        )
+            kernel, GRAD=grad, DELTA=False, KEEP=False, RECORD=False, WRITES=False, PIPE=self.tile(kernel).stages, SCANNED=True,
+            **whether,
+        )  # fmt: skip
         tiles = -(-V // options["BV"])
         seg_state[(families * tiles, self.segments * H)](
             self.q if grad else None, self.k, self.v, do, None, None, None, None, dd, factor, none, kv, z, dkv, dz, None, None,
@@ -222,17 +232,17 @@ class NoDecay(Pass):
             none, parts, parts_z, none, self.form.scale, self.N, self.T, H, self.G, 0, self.segments, self.chunks, 1, **options,
         )  # fmt: skip
         whole, whole_z = self.new(families, self.N, H, K, V, dtype=self.k.dtype), self.new(families, self.N, H, K)
-        last, last_z = self.new(2 * families, self.N, H, K, V), self.new(2 * families, self.N, H, K)
+        last, last_z = self.last(2 * families, kv is not None if grad else ends, self.N)
         seg_sum[(families, self.N * H, tiles)](
-            parts, parts_z, kv, z, dkv if grad else kv, dz if grad else z, self.cu_seqlens, whole, whole_z, last, last_z,
-            self.N, self.T, H, self.segments, self.chunks, NORMALIZE=self.normal, **self.options(kernel),
+            parts, parts_z, kv, z, dkv, dz, self.cu_seqlens, whole, whole_z, last, last_z,
+            self.N, self.T, H, self.segments, self.chunks, NORMALIZE=self.normal, GRAD=grad, **whether, **self.options(kernel),
         )  # fmt: skip
         return whole, whole_z, last, last_z
 
     def forward(self, kv, z, divide: str, dtype):
         B, heads = 1 if self.cu_seqlens is not None else self.N, self.H * self.G
         self.cut("state")
-        whole, whole_z, last, last_z = self.sums("state", kv, z)
+        whole, whole_z, last, last_z = self.sums("state", kv, z, self.form.final)
         o, d = self.new(B, self.T, heads, self.V, dtype=dtype), self.new(B, self.T, heads if self.normal else 0)
         options = self.options("output", NORMALIZE=self.normal, DIVIDE=divide)
         nodecay_out[(self.rows(options["C"]), heads)](
@@ -242,7 +252,7 @@ class NoDecay(Pass):
 
     def backward(self, do, dd, factor, dkv, dz, dbkv, dbz, dwrites, kv, z, dtype):
         self.cut("bwd_state")
-        whole, whole_z, last, last_z = self.sums("bwd_state", kv, z, dkv, dz, do, dd, factor)
+        whole, whole_z, last, last_z = self.sums("bwd_state", kv, z, dkv is not None, dkv, dz, do, dd, factor)
         dq, dk, dv = (torch.empty_like(x) for x in (self.q, self.k, self.v))
         options = self.options("bwd_dq", NORMALIZE=self.normal, WRITES=dwrites is not None)
         nodecay_bwd[(self.rows(options["C"]), self.H * (self.G + 1))](
@@ -250,3 +260,47 @@ class NoDecay(Pass):
             self.form.scale, self.N, self.T, self.H, self.G, **options,
         )  # fmt: skip
         return dq, dk, dv, None, None, last[2:], last_z[2:]
+
+
+class Short(Pass):
+    """The launches of a call on short sequences by the quadratic form: no chunks, no states."""
+
+    @staticmethod
+    def takes(k, log_decay, beta, kv, cu_seqlens, form: Form, ends: bool) -> bool:
+        """Whether a call is one; `ends`: it has a last state, or the gradient of one."""
+        plain = beta is None and (log_decay is None or log_decay.ndim < 4) and not form.stride and not form.writes
+        return plain and kv is None and not ends and cu_seqlens is None and k.shape[1] <= SHORTEST
+
+    def __init__(self, q, k, v, log_decay, form: Form):
+        super().__init__(q, k, v, log_decay, None, None, form, 0 if form.causal else None)
+
+    def kernel(self, backward: bool) -> tuple[tuple[int, int], dict]:
+        """Grid of one program per block and head, and the constexprs."""
+        tile = pick_short(architecture(), backward, row(self.decay, False, self.D == 2, self.K, self.V, self.k.element_size()), self.V)
+        shared = {
+            "K": self.K, "V": self.V, "BK": power_of_two(self.K), "BV": tile.BV, "C": tile.C, "DECAY": self.decay,
+            "CAUSAL": self.form.causal, "LEFT": self.leave[0], "RIGHT": self.leave[1], "DIVIDE": self.form.normalize, "PIPE": tile.stages,
+            "num_warps": tile.warps, "num_stages": tile.stages,
+        }  # fmt: skip
+        return (self.rows(tile.C), self.H * (self.G + backward)), shared
+
+    def forward(self, kv, z, divide: str, dtype):
+        heads = self.H * self.G
+        o, d = self.new(self.N, self.T, heads, self.V, dtype=dtype), self.new(self.N, self.T, heads if self.normal else 0)
+        grid, options = self.kernel(False)
+        short[grid](self.q, self.k, self.v, self.gate, o, d, self.form.scale, self.form.eps, self.T, self.H, self.G, **options)
+        return o, d, *self.last(self.D, False, 0), None, None, None
+
+    def backward(self, do, o, d):
+        """→ dq, dk, dv, dg per token or None."""
+        dq, dk, dv = (torch.empty_like(x) for x in (self.q, self.k, self.v))
+        sizes, sums = (self.T, self.H, self.G, self.tokens), self.new(self.D, self.tokens, self.H * (self.G + 1))
+        grid, options = self.kernel(True)
+        short_bwd[grid](
+            self.q, self.k, self.v, self.gate, do, o, d, dq, dk, dv, sums, self.form.scale, self.form.eps, *sizes, **options
+        )
+        dg = None if self.g is None else self.per_gate(self.H)
+        if dg is not None:
+            options = {name: options[name] for name in ("CAUSAL", "LEFT", "RIGHT")}
+            short_gates[(self.N, self.H)](sums, dg, *sizes, LONGEST=SHORTEST, num_warps=4, **options)
+        return dq, dk, dv, dg

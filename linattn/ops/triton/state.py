@@ -61,15 +61,18 @@ def _store_total(totals, total, row, k, here, K: tl.constexpr, DECAY: tl.constex
 @triton.jit
 def _walk(
     x, y, k, w, writes, dwrites, dd, factor, scale, g, initial, initial_z, dbkv, dbz, states, zs, fades, last, last_z, totals,
-    start, length, chunk, chunks, row, last_row, initial_row, record_row, heads, h, iv, G, every, STORED: tl.constexpr,
+    start, length, chunk, chunks, row, last_row, initial_row, record_row, heads, h, iv, G, every,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr,
     LEAVING: tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr, LEFTWARDS: tl.constexpr, GRAD: tl.constexpr,
-    SCANNED: tl.constexpr, RECORD: tl.constexpr, WRITES: tl.constexpr, PIPE: tl.constexpr,
+    FRESH: tl.constexpr, STORED: tl.constexpr, ENDS: tl.constexpr, RECORD: tl.constexpr, WRITES: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
-    """One segment, one tile of V columns. STORED: whether the state on entering each chunk is kept."""
+    """One segment, one tile of V columns, from zero (FRESH) or `initial`.
+
+    STORED: whether the state on entering each chunk is kept; ENDS: whether the one at the end is.
+    """
     jk, jv = tl.arange(0, BK), iv * BV + tl.arange(0, BV)
     inside = (jk < K)[:, None] & (jv < V)[None, :]
-    if SCANNED:
+    if FRESH:
         S, z = tl.zeros([BK, BV], tl.float32), tl.zeros([BK], tl.float32)
     else:
         S, z = matrix(initial, initial_row, jk, jv, K, V), vector(initial_z, initial_row, jk, K)
@@ -128,10 +131,11 @@ def _walk(
                 S += tl.load(dbkv + at * (K * V) + jk[:, None] * V + jv[None, :], mask=inside & recorded, other=0.0)
                 if NORMALIZE:
                     z += tl.load(dbz + at * K + jk, mask=(jk < K) & recorded, other=0.0)
-    put_matrix(last, S, last_row, jk, jv, K, V)
-    if iv == 0:
-        put_vector(last_z, z, last_row, jk, K)
-        _store_total(totals, past, last_row, jk, True, K, DECAY)
+    if ENDS:
+        put_matrix(last, S, last_row, jk, jv, K, V)
+        if iv == 0:
+            put_vector(last_z, z, last_row, jk, K)
+            _store_total(totals, past, last_row, jk, True, K, DECAY)
 
 
 @triton.jit(do_not_specialize=["N", "T", "H", "G", "family", "segments", "chunks", "every"])
@@ -141,12 +145,13 @@ def seg_state(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr,
     DELTA: tl.constexpr, LEAVING_LEFT: tl.constexpr, LEAVING_RIGHT: tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr,
     REVERSE: tl.constexpr, VARLEN: tl.constexpr, GRAD: tl.constexpr, SCANNED: tl.constexpr, RECORD: tl.constexpr, WRITES: tl.constexpr,
-    KEEP: tl.constexpr, PIPE: tl.constexpr,
+    KEEP: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (families × V tiles, segments × H): the programs that read the same tokens are neighbours, and the second finds them in L2.
 
     `chunks` per segment, `segments` rows of them, `family`: the first one wanted. Forward only N is kept per chunk: P is `output`'s.
-    KEEP: whether states on entering chunks are wanted at all, or only the sums of whole segments.
+    KEEP: whether states on entering chunks are wanted at all, or only the sums of whole segments. STARTS, ENDS: whether the call has an
+    initial state, and a last one (GRAD: and with them gradients of either).
     """
     tiles: tl.constexpr = (V + BV - 1) // BV
     f, iv = family + tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -166,29 +171,33 @@ def seg_state(
     if f == 0:
         _walk(
             k, v, k, w, u, dwrites, dd, factor, scale, g, kv, z, dbkv, dbz, states, zs, fades, last, last_z, totals,
-            start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, 1, every, GRAD and KEEP,
-            K, V, BK, BV, C, DECAY, DELTA, LEAVING_LEFT, OWN, NORMALIZE, REVERSE, False, False, SCANNED, RECORD, WRITES, PIPE,
+            start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, 1, every,
+            K, V, BK, BV, C, DECAY, DELTA, LEAVING_LEFT, OWN, NORMALIZE, REVERSE, False, False,
+            SCANNED or not STARTS, GRAD and KEEP, SCANNED or (ENDS and not GRAD), RECORD, WRITES, PIPE,
         )  # fmt: skip
     if BOTH:
         if f == 1:
             _walk(
                 k, v, k, w, u, dwrites, dd, factor, scale, g, kv, z, dbkv, dbz, states, zs, fades, last, last_z, totals,
-                start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, 1, every, KEEP,
-                K, V, BK, BV, C, DECAY, DELTA, LEAVING_RIGHT, OWN, NORMALIZE, REVERSE, True, False, SCANNED, RECORD, WRITES, PIPE,
+                start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, 1, every,
+                K, V, BK, BV, C, DECAY, DELTA, LEAVING_RIGHT, OWN, NORMALIZE, REVERSE, True, False,
+                SCANNED or not STARTS, KEEP, SCANNED or (ENDS and not GRAD), RECORD, WRITES, PIPE,
             )  # fmt: skip
     if GRAD:
         if f == D:
             _walk(
                 q, do, k, w, du, dwrites, dd, factor, scale, g, dkv, dz, dbkv, dbz, states, zs, fades, last, last_z, totals,
-                start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, G, every, KEEP,
-                K, V, BK, BV, C, DECAY, DELTA, LEAVING_LEFT, OWN, NORMALIZE, REVERSE, True, True, SCANNED, RECORD, WRITES, PIPE,
+                start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, G, every,
+                K, V, BK, BV, C, DECAY, DELTA, LEAVING_LEFT, OWN, NORMALIZE, REVERSE, True, True,
+                SCANNED or not ENDS, KEEP, SCANNED or STARTS, RECORD, WRITES, PIPE,
             )  # fmt: skip
         if BOTH:
             if f == D + 1:
                 _walk(
                     q, do, k, w, du, dwrites, dd, factor, scale, g, dkv, dz, dbkv, dbz, states, zs, fades, last, last_z, totals,
-                    start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, G, every, KEEP,
-                    K, V, BK, BV, C, DECAY, DELTA, LEAVING_RIGHT, OWN, NORMALIZE, REVERSE, False, True, SCANNED, RECORD, WRITES, PIPE,
+                    start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, G, every,
+                    K, V, BK, BV, C, DECAY, DELTA, LEAVING_RIGHT, OWN, NORMALIZE, REVERSE, False, True,
+                    SCANNED or not ENDS, KEEP, SCANNED or STARTS, RECORD, WRITES, PIPE,
                 )  # fmt: skip
 
 
@@ -196,7 +205,7 @@ def seg_state(
 def seg_scan(
     parts, parts_z, totals, kv, z, dkv, dz, last, last_z, cu_seqlens, N, T, H, segments, chunks,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr,
-    NORMALIZE: tl.constexpr, VARLEN: tl.constexpr,
+    NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, GRAD: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
     """Grid (families, N × H, V tiles): in place, what each segment adds becomes what enters it; in a fixed order. `last` gets the end."""
     f, n, h, iv = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H, tl.program_id(2)
@@ -211,10 +220,13 @@ def seg_scan(
     right, grad = f % D == 1, f >= D
     leftwards = right != grad
     initial_row = ((f % D) * N + n) * H + h
-    if grad:
-        S, Z = matrix(dkv, initial_row, k, v, K, V), vector(dz, initial_row, k, K)
-    else:
-        S, Z = matrix(kv, initial_row, k, v, K, V), vector(z, initial_row, k, K)
+    S, Z = tl.zeros([BK, BV], tl.float32), tl.zeros([BK], tl.float32)
+    if GRAD and ENDS:
+        if grad:
+            S, Z = matrix(dkv, initial_row, k, v, K, V), vector(dz, initial_row, k, K)
+    if STARTS:
+        if not grad:
+            S, Z = matrix(kv, initial_row, k, v, K, V), vector(z, initial_row, k, K)
     for s in range(count):
         segment = first + tl.where(leftwards, count - 1 - s, s)
         row = (f * segments + segment) * H + h
@@ -227,6 +239,7 @@ def seg_scan(
                 part_z = vector(parts_z, row, k, K)
                 put_vector(parts_z, Z, row, k, K)
                 Z = carried_z(Z, total, DECAY) + part_z
-    put_matrix(last, S, (f * N + n) * H + h, k, v, K, V)
-    if iv == 0:
-        put_vector(last_z, Z, (f * N + n) * H + h, k, K)
+    if (STARTS and GRAD) or (ENDS and not GRAD):
+        put_matrix(last, S, (f * N + n) * H + h, k, v, K, V)
+        if iv == 0:
+            put_vector(last_z, Z, (f * N + n) * H + h, k, K)
