@@ -59,7 +59,9 @@ class Case:
     def __str__(self) -> str:
         words = [self.decay, "delta" if self.delta else "additive", self.direction, self.normalize, f"T{self.T}", f"G{self.groups}"]
         words += [str(self.dtype).removeprefix("torch."), "x".join(map(str, self.widths)), "packed" if self.packed else "dense"]
-        return "-".join([*words, "from" if self.state else "fresh", "to" if self.final else "open", "+".join(self.record) or "plain", str(self.stride)])
+        return "-".join(
+            [*words, "from" if self.state else "fresh", "to" if self.final else "open", "+".join(self.record) or "plain", str(self.stride)]
+        )
 
     def inputs(self, seed: int = 0) -> tuple[dict, dict]:
         """(tensors, options) of `linear_attention`. Normalised calls have positive features, and clamped ones some rows of q negative,

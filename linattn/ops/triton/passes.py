@@ -296,9 +296,7 @@ class Short(Pass):
         dq, dk, dv = (torch.empty_like(x) for x in (self.q, self.k, self.v))
         sizes, sums = (self.T, self.H, self.G, self.tokens), self.new(self.D, self.tokens, self.H * (self.G + 1))
         grid, options = self.kernel(True)
-        short_bwd[grid](
-            self.q, self.k, self.v, self.gate, do, o, d, dq, dk, dv, sums, self.form.scale, self.form.eps, *sizes, **options
-        )
+        short_bwd[grid](self.q, self.k, self.v, self.gate, do, o, d, dq, dk, dv, sums, self.form.scale, self.form.eps, *sizes, **options)
         dg = None if self.g is None else self.per_gate(self.H)
         if dg is not None:
             options = {name: options[name] for name in ("CAUSAL", "LEFT", "RIGHT")}
