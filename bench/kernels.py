@@ -18,13 +18,14 @@ from linattn.ops import tiles
 from linattn.ops.tiles import ARCHITECTURES, WIDTHS
 
 SPILLS = 16  # bytes of spill stores that are tolerated
-SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 MATRIX = {
     "sm_80": r"\bmma\.sync",
     "sm_90": r"\bwgmma\.mma_async|\bmma\.sync",
+    "sm_100": r"\btcgen05\.mma|\bmma\.sync",
     "gfx942": r"\bv_mfma",
 }
-WITHOUT_MATRIX = ("seg_scan", "seg_sum", "row_factors", "step")
+WITHOUT_MATRIX = ("seg_scan", "seg_sum", "row_factors", "short_gates", "step")
 FORMS = {  # name → decay, delta, causal, normalize: the heaviest call of each kind of row, and the ones without decay
     "scalar": ("scalar", False, True, "none"),
     "bidirectional": ("scalar", False, False, "sum"),
@@ -33,13 +34,25 @@ FORMS = {  # name → decay, delta, causal, normalize: the heaviest call of each
     "channel bidirectional": ("channel", False, False, "none"),
     "delta": ("scalar", True, True, "none"),
     "channel delta": ("channel", True, True, "none"),
+    "short": ("scalar", False, True, "none"),
+    "short bidirectional": ("scalar", False, False, "sum"),
 }
-T, H = 32768, 16
+TOKENS, LENGTHS, H = 32768, {"short": 256, "short bidirectional": 256}, 16  # one sequence of all tokens, or many of that length
 # Bytes per token and head, (forward, backward): what the design moves, the states of segments included, and a few percent.
 BUDGET = {
     ("scalar", 64): (860, 2830), ("scalar", 128): (1700, 6900),
     ("bidirectional", 64): (1190, 3950), ("bidirectional", 128): (2830, 10500),
     ("nodecay", 64): (580, 1700), ("nodecay", 128): (1150, 3400),
+    ("short", 64): (530, 1100), ("short", 128): (1050, 2150),
+    ("short bidirectional", 64): (535, 1100), ("short bidirectional", 128): (1060, 2150),
+}  # fmt: skip
+# FLOPs of matrix products likewise, and a few percent: one tile of V more would form the scores once more.
+FLOPS = {
+    ("scalar", 64): (43_000, 95_000), ("scalar", 128): (190_000, 330_000),
+    ("bidirectional", 64): (69_000, 165_000), ("bidirectional", 128): (330_000, 535_000),
+    ("nodecay", 64): (17_000, 43_000), ("nodecay", 128): (69_000, 172_000),
+    ("short", 64): (43_000, 150_000), ("short", 128): (86_000, 300_000),
+    ("short bidirectional", 64): (69_000, 240_000), ("short bidirectional", 128): (138_000, 480_000),
 }  # fmt: skip
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 READ = {"bwd_dq": 1 / 2}  # the share of the stored states that a kernel needs
@@ -58,10 +71,33 @@ class Launch:
         """Of every tensor once: what is read again comes from the cache."""
         seen = {}
         for name, x in self.arguments.items():
-            if isinstance(x, torch.Tensor) and x.numel() * x.element_size() >= T * H:  # per token, not per sequence
+            if isinstance(x, torch.Tensor) and x.numel() * x.element_size() >= TOKENS * H:  # per token, not per sequence
                 share = READ.get(self.kernel.__name__, 1) if name == "states" else 1
                 seen[id(x)] = int(share * x.numel() * x.element_size())
         return sum(seen.values())
+
+
+    @property
+    def flops(self) -> float:
+        """Of the matrix products, per token and head, as the kernels' sources have them; those of channel decays and `wy` are not counted."""
+        x = self.arguments.get
+        name, K, V, C, D = self.kernel.__name__, x("K", 0), x("V", 0), x("C", 0), 2 if x("BOTH") else 1
+        again = -(-V // x("BV", 1))  # tiles of V, each of which forms the scores
+        if name == "seg_state":
+            families = self.grid[0] // again
+            return 2 * K * V * families
+        if name == "short" or name == "short_bwd":
+            blocks = -(-x("T") // C)
+            seen = C * ((blocks + 1) / 2 if x("CAUSAL") else blocks)
+            share = 2 * K if x("DECAY") != "none" else 0
+            return seen * (2 * (K + V) if name == "short" else 6 * (K + V) + share)
+        return {
+            "output": 2 * C * (K * again + V) + 2 * K * V * (1 + D),
+            "bwd_dq": 2 * C * (V + D * K) + 2 * K * V * D,
+            "bwd_dkv": 2 * C * (K * again + 2 * V + D * K) + 4 * K * V * D,
+            "nodecay_out": 2 * K * V,
+            "nodecay_bwd": 6 * K * V,
+        }.get(name, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +136,12 @@ def launches(form: str, width: int, arch: str) -> list[Launch]:
 
     decay, delta, causal, normalize = FORMS[form]
     meta = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")
-    q, k, v, do = (meta(1, T, H, width, dtype=torch.bfloat16) for _ in range(4))
-    log_decay = {"none": None, "scalar": meta(1, T, H), "channel": meta(1, T, H, width)}[decay]
-    sides = 1 if causal else 2
-    inputs = (q, k, v, log_decay, meta(1, T, H) if delta else None, meta(sides, 1, H, width, width), meta(sides, 1, H, width), None)
-    options = Form(width**-0.5, causal, "target", normalize, 1e-6, 0, False)
+    T = LENGTHS.get(form, TOKENS)
+    B = TOKENS // T
+    q, k, v, do = (meta(B, T, H, width, dtype=torch.bfloat16) for _ in range(4))
+    log_decay = {"none": None, "scalar": meta(B, T, H), "channel": meta(B, T, H, width)}[decay]
+    inputs = (q, k, v, log_decay, meta(B, T, H) if delta else None, None, None, None)
+    options = Form(width**-0.5, causal, "target", normalize, 1e-6, 0, False, False)
     found: list[Launch] = []
     backward = False
 
@@ -116,7 +153,7 @@ def launches(form: str, width: int, arch: str) -> list[Launch]:
     with _replaced(JITFunction, "run", note), _replaced(passes, "architecture", lambda: arch):
         o, _, _, d, *_ = backend.forward(*inputs, options)
         backward = True
-        backend.backward(do, *inputs[5:7], None, None, None, *inputs, o, d, options)
+        backend.backward(do, None, None, None, None, None, *inputs, o, d, options)
     return found
 
 
@@ -163,7 +200,7 @@ def examine(launch: Launch, arch: str, form: str, width: int) -> Iterator[Row]:
     options = launch.options
     tile = f"C{launch.arguments.get('C', '-')} BV{launch.arguments['BV']} w{options.get('num_warps', 4)} s{options.get('num_stages', '-')}"
     facts = {"arch": arch, "form": form, "width": width, "kernel": launch.kernel.__name__, "backward": launch.backward, "tile": tile}
-    facts["bytes"] = round(launch.bytes / (T * H), 1)
+    facts["bytes"] = round(launch.bytes / (TOKENS * H), 1)
     try:
         binary = compiled(launch, arch)
     except Exception as error:  # whatever the compiler raises is this row's finding
@@ -216,14 +253,16 @@ def _faults(row: dict) -> Iterator[str]:
         yield "too few registers to be the kernel"
 
 
-def totals(arch: str, form: str, width: int) -> tuple[float, float, list[str]]:
-    """Bytes per token and head of the forward and the backward, and what is over budget."""
+def totals(arch: str, form: str, width: int) -> tuple[list[float], list[str]]:
+    """Per token and head, of the forward and the backward: bytes of both, FLOPs of both; and what is over budget."""
     found = launches(form, width, arch)
-    moved = [sum(x.bytes for x in found if x.backward is backward) / (T * H) for backward in (False, True)]
-    allowed = BUDGET.get((form, width), (float("inf"),) * 2)
-    sides = zip(("forward", "backward"), moved, allowed, strict=True)
-    over = [f"{form} {width} {name}: {a:.0f} bytes per token and head > {b}" for name, a, b in sides if a > b]
-    return *moved, over
+    sides = [[x for x in found if x.backward is backward] for backward in (False, True)]
+    moved = [sum(x.bytes for x in side) / (TOKENS * H) for side in sides]
+    counted = [sum(x.flops for x in side) for side in sides]
+    names = [f"{side}: {{:.0f}} {unit} per token and head" for unit in ("bytes", "FLOPs") for side in ("forward", "backward")]
+    allowed = [*BUDGET.get((form, width), (float("inf"),) * 2), *FLOPS.get((form, width), (float("inf"),) * 2)]
+    figures = zip(names, moved + counted, allowed, strict=True)
+    return moved + counted, [f"{form} {width} {name.format(a)} > {b}" for name, a, b in figures if a > b]
 
 
 def run(archs=ARCHITECTURES, widths=WIDTHS[:3], forms=tuple(FORMS), told=lambda row: None) -> tuple[list[Row], list[str]]:
@@ -243,7 +282,7 @@ def run(archs=ARCHITECTURES, widths=WIDTHS[:3], forms=tuple(FORMS), told=lambda 
                         rows.append(row)
                         faults += [f"{arch} {form} {width} {row.kernel} ({row.assembler}): {fault}" for fault in row.faults]
                         told(row)
-                faults += [f"{arch} {text}" for text in totals(arch, form, width)[2]]
+                faults += [f"{arch} {text}" for text in totals(arch, form, width)[1]]
     return rows, faults
 
 
@@ -255,9 +294,9 @@ def markdown(rows: list[Row], faults: list[str]) -> str:
         kernel = row.kernel + (" (backward)" if row.backward and not row.kernel.startswith("bwd") else "")
         cells = asdict(row) | {"kernel": kernel}
         lines.append("| " + " | ".join([*(str(cells[name]) for name in names), "; ".join(row.faults) or "pass"]) + " |")
-    moved = ["", "| form | width | forward, bytes per token and head | backward |", "|---|---|---|---|"]
-    for form, width in dict.fromkeys((row.form, row.width) for row in rows):
-        forward, backward, _ = totals(rows[0].arch, form, width)
-        moved.append(f"| {form} | {width} | {forward:.0f} | {backward:.0f} |")
+    moved = ["", "| arch | form | width | bytes per token and head, forward | backward | FLOPs, forward | backward |", "|" + "---|" * 7]
+    for arch, form, width in dict.fromkeys((row.arch, row.form, row.width) for row in rows):
+        figures = " | ".join(f"{figure:.0f}" for figure in totals(arch, form, width)[0])
+        moved.append(f"| {arch} | {form} | {width} | {figures} |")
     ending = ["", f"{len(faults)} faults"] + [f"- {fault}" for fault in faults]
     return "\n".join(["# Triton kernels, ahead of time", "", *lines, *moved, *ending, ""])
