@@ -37,9 +37,10 @@ class Steps:
     lora: int = 0
 
 
-TEXT, IMAGES = Steps(teacher=500, transfer=120, distill=160, lora=40), Steps(teacher=700, transfer=80, distill=300)
+TEXT, IMAGES = Steps(teacher=500, transfer=120, distill=500, lora=50), Steps(teacher=700, transfer=80, distill=300)
 STUDENTS: dict[str, dict[str, Any]] = {  # name: what swap_attention is told; softmax: how many layers keep it, by KL importance
     "pure": dict(variant="hedgehog"),
+    "pure, gated": dict(variant="gla"),
     "pure + window": dict(variant="hedgehog", window=32),
     "hybrid": dict(variant="hedgehog", softmax=1),
 }

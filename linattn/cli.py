@@ -190,6 +190,61 @@ def demo(
 
 
 @app.command()
+def swap(
+    model_dir: Annotated[Path, typer.Argument(help="Folder of a causal language model of transformers.")],
+    out: Annotated[Path, RUN(help="Folder for the linear model and report.json; a run that is in it goes on.")],
+    variant: Annotated[str, MODEL(help="A variant, hedgehog or liger.")] = "hedgehog",
+    window: Annotated[int, MODEL(help="Tokens of exact softmax before each, beside the linear attention.", min=0)] = 0,
+    softmax: Annotated[int, MODEL(help="Layers that keep their softmax, chosen by KL importance.", min=0)] = 0,
+    replace_sliding: Annotated[bool, MODEL("--replace-sliding", help="Also swap attention of a sliding window.")] = False,
+    data: Annotated[list[str] | None, DATA(help="Text file or directory; repeatable.", show_default="Python's library")] = None,
+    context: Annotated[int, DATA(help="Tokens in a window.", min=2)] = 512,
+    batch: Annotated[int, DATA(help="Windows in a step.", min=1)] = 8,
+    transfer: Annotated[int, OPTIMISATION(help="Steps of attention transfer.", min=0)] = 200,
+    distill: Annotated[int, OPTIMISATION(help="Steps of distillation.", min=0)] = 400,
+    lora: Annotated[int, OPTIMISATION(help="Steps of low-rank finetuning (needs peft).", min=0)] = 0,
+    lr_transfer: Annotated[float, OPTIMISATION(help="Highest rate of the transfer.")] = 1e-2,
+    lr: Annotated[float, OPTIMISATION(help="Highest rate of the distillation.")] = 1e-3,
+    lr_lora: Annotated[float, OPTIMISATION(help="Highest rate of the finetuning.")] = 1e-4,
+    hidden: Annotated[float, OPTIMISATION(help="Weight of hidden states in distillation.", min=0)] = 0.0,
+    seed: Annotated[int, OPTIMISATION(help="Of the order of the text.")] = 0,
+    threads: Threads = 0,
+    device: Device = "auto",
+) -> None:
+    """Turn a softmax language model into a linear one: swap, transfer, choose layers, distill, finetune; judged after each stage.
+
+    A run that was stopped goes on when the same command is given again.
+    """
+    import torch
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .swap.recipe import Recipe, linearise_model
+    from .train import hosts
+
+    if threads:
+        torch.set_num_threads(threads)
+    recipe = Recipe(
+        variant=variant, window=window, softmax=softmax, replace_sliding=replace_sliding, transfer=transfer, distill=distill, lora=lora,
+        lr_transfer=lr_transfer, lr=lr, lr_lora=lr_lora, hidden=hidden,
+    )  # fmt: skip
+    host = hosts.Host(model_dir, tuple(data or ()), context=context, rows=batch, seed=seed, device=device)
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def told(stage: str, step: int, steps: int, loss: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=steps)
+            bar.update(tasks[stage], completed=step, description=f"{stage} {loss:.4f}")
+
+        say = lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+        rows = linearise_model(host.load, recipe, host.batch, host.bits_per_byte, out, source=host.source, say=say, told=told)
+    say("held-out bits per byte: " + ", ".join(f"{row['stage']} {row['value']:.3f}" for row in rows))
+    say(f"the model: linattn.from_pretrained({str(out)!r}); the report: {out / 'report.json'}")
+
+
+@app.command()
 def info() -> None:
     """Versions, devices, and which backends are there and why the others are not."""
     from rich.table import Table

@@ -1,0 +1,83 @@
+"""`linattn swap`: from a folder of transformers to a linear model in a folder of ours, with a report, and on from where it stopped."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import linattn
+from linattn.cli import app
+
+pytest.importorskip("transformers")
+from swap_hosts import NONE, TEXT, build
+
+LLAMA = TEXT | NONE | dict(vocab_size=257, num_key_value_heads=2)
+
+
+def swap(*arguments):
+    return CliRunner().invoke(app, ["swap", *map(str, arguments)])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    build("LlamaForCausalLM", "LlamaConfig", **LLAMA).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question; " * 100)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT asks transformers by the old name
+def test_all_stages_then_nothing_is_left_to_do(folder):
+    pytest.importorskip("peft")
+    arguments = (folder / "model", "--out", folder / "out", "--data", folder / "text.txt", "--context", 32, "--batch", 2, "--window", 4)
+    arguments += ("--softmax", 1, "--transfer", 3, "--distill", 3, "--lora", 2)
+    result = swap(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "held-out bits per byte: softmax " in result.output and "LlamaAttention" in result.output
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert [row["stage"] for row in report["rows"]] == ["softmax", "swap", "transfer", "keep", "distill", "lora"]
+    assert all(4 < row["value"] < 12 for row in report["rows"])
+    assert set(report["rows"][2]["errors"]) == set(report["rows"][3]["importance"]) == {f"model.layers.{i}.self_attn" for i in (0, 1)}
+    model = linattn.from_pretrained(folder / "out")
+    assert len(linattn.swap.swap.swapped_of(model)) == 1
+    assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape == (1, 7)
+    again = swap(*arguments)
+    assert again.exit_code == 0 and "done already" in again.output and "after" not in again.output.split("done already")[1].split("\n")[1]
+    other = swap(*arguments, "--seed", 1)
+    assert other.exit_code == 2 and "holds a run of another source" in other.output.replace("\n", " ")
+
+
+def test_a_run_that_was_cut_off_goes_on(folder, monkeypatch):
+    from linattn.swap import linearise
+
+    arguments = lambda out: (
+        *(folder / "model", "--out", folder / out, "--data", folder / "text.txt", "--context", 32, "--batch", 2),
+        *("--transfer", 4, "--distill", 4),
+    )
+    assert swap(*arguments("whole")).exit_code == 0
+    distill = linearise.distill
+    monkeypatch.setattr(linearise, "distill", lambda *a, **k: (_ for _ in ()).throw(OSError("cut off")))
+    assert swap(*arguments("parted")).exit_code == 2
+    monkeypatch.setattr(linearise, "distill", distill)
+    assert "softmax, swap, transfer" in swap(*arguments("parted")).output
+    whole, parted = (linattn.from_pretrained(folder / out).state_dict() for out in ("whole", "parted"))
+    assert all(torch.equal(whole[name], parted[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere", "--out", "out"), "nowhere holds no model of transformers: config.json is missing"),
+        (("model", "--out", "out", "--variant", "glaa"), "variant must be"),
+        (("model", "--out", "out", "--lr", "0"), "lr must be above 0; got 0.0"),
+        (("small", "--out", "out"), "has 50 tokens, and its text token 256: it needs its own tokenizer files"),
+    ],
+)
+def test_mistakes_are_one_line(folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    if arguments[0] == "small":
+        build("LlamaForCausalLM", "LlamaConfig", **LLAMA | dict(vocab_size=50)).save_pretrained("small")
+    result = swap(*arguments, "--data", "text.txt", "--context", 32)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert not (folder / "out" / "report.json").exists() or "glaa" in arguments
