@@ -134,6 +134,28 @@ def gpu(context: typer.Context) -> None:
     raise typer.Exit(on_gpu.main(context.args))
 
 
+@app.command()
+def pretrain(
+    steps: Annotated[int, typer.Option(help="Training steps of each run.", min=10)] = 200,
+    out: Annotated[Path, typer.Option(help="Folder of the record.", show_default="bench/results")] = records.RESULTS,
+) -> None:
+    """Pretrain in two processes under ZeRO-2, once left alone and once killed twice: the losses must be equal. Some minutes on two cores.
+
+    Ends with status 1 if they are not. Needs the deepspeed extra.
+    """
+    from . import pretrain as killed
+
+    console = Console()
+    say = lambda message: console.print(message, highlight=False)
+    record = killed.run(out, steps=steps, command=shlex.join(["python", "-m", "bench", *sys.argv[1:]]), say=say)
+    for kill in record["kills"]:
+        say(f"{kill['killed']} killed at step {kill['at_step']}: went on from step {kill['newest_checkpoint']}")
+    for row in record["scaling"]:
+        say(f"{row['processes']} processes: {row['tokens_per_s']:,.0f} tokens/s")
+    say(f"losses equal to those of the run left alone: {record['equal']}")
+    raise typer.Exit(0 if record["equal"] else 1)
+
+
 def _draw(record: records.Record, path: Path, console: Console) -> Path | None:
     try:
         from . import plots
