@@ -75,9 +75,13 @@ def train(
     preset: Preset = None,
     variant: Variant = None,
     set_: Annotated[list[str] | None, MODEL("--set", metavar="NAME=VALUE", help="Another field of the model's config; repeatable.")] = None,
-    data: Annotated[list[str] | None, DATA(help="Text file or directory; repeatable.", show_default="Python's library")] = None,
+    data: Annotated[
+        list[str] | None,
+        DATA(help="Text file or folder, repeatable; or a folder of `linattn data build`.", show_default="Python's library"),
+    ] = None,
     tokenizer: Annotated[str | None, DATA(help="bytes, or bpe (trained on the text).", show_default="bytes")] = None,
     vocab_size: Annotated[int | None, DATA(help="Tokens of bpe.", show_default="4096")] = None,
+    packing: Annotated[bool | None, DATA(help="Documents in a window do not see each other.", show_default="no")] = None,
     held_out: Annotated[float | None, DATA(help="Share of the text to evaluate on.", show_default="0.05")] = None,
     context: Annotated[int | None, DATA(help="Tokens in a window.", show_default="by preset")] = None,
     batch: Annotated[int | None, DATA(help="Windows in a step, over all processes.", show_default="by preset")] = None,
@@ -116,17 +120,37 @@ def train(
     out = out or Path("runs") / f"{preset or 'tiny'}-{variant or 'gla'}"
     options: dict[str, Any] = dict(
         preset=preset, variant=variant, options=_pairs("option", option) or None, overrides=_pairs("set", set_) or None,
-        data=tuple(data) if data else None, tokenizer=tokenizer, vocab_size=vocab_size, held_out=held_out, context=context, batch=batch,
-        accumulate=accumulate, zero=zero, deepspeed=_json("deepspeed", deepspeed), context_parallel=context_parallel,
-        checkpoint_activations=checkpoint_activations, steps=steps, lr=lr, warmup=warmup, schedule=schedule,
-        weight_decay=weight_decay, clip=clip, seed=seed, precision=precision, device=device, backend=backend, threads=threads,
-        eval_every=eval_every, save_every=save_every,
+        data=tuple(data) if data else None, tokenizer=tokenizer, vocab_size=vocab_size, packing=packing, held_out=held_out,
+        context=context, batch=batch, accumulate=accumulate, steps=steps, lr=lr, warmup=warmup, schedule=schedule,
+        weight_decay=weight_decay, clip=clip, seed=seed, precision=precision, zero=zero, deepspeed=_json("deepspeed", deepspeed),
+        context_parallel=context_parallel, checkpoint_activations=checkpoint_activations, device=device, backend=backend,
+        threads=threads, eval_every=eval_every, save_every=save_every,
     )  # fmt: skip
     base = (loop.saved_config(out) if resume == "auto" else None) or recipes.make(recipe, preset, variant, steps=steps)
     config = replace(base, **{name: value for name, value in options.items() if value is not None})
     again = f"{_program()} train --out {shlex.quote(str(out))} --resume auto"
     run = loop.train(config, out, resume=resume, command=again, console=Console())
     raise typer.Exit(130 if run.stopped_by == signal.SIGINT else 0)
+
+
+data_app = typer.Typer(no_args_is_help=True, help="Corpora.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("build")
+def build_data(
+    out: Annotated[Path, typer.Argument(help="Folder to make, for `linattn train --data`.")],
+    paths: Annotated[list[str], typer.Argument(help="Text, .jsonl and .parquet files, and folders of them.")],
+    tokenizer: Annotated[str, typer.Option(help="bytes, bpe (trained here), or a tokenizers file of byte-level BPE.")] = "bytes",
+    vocab_size: Annotated[int, typer.Option(help="Tokens of bpe.", min=258)] = 4096,
+    held_out: Annotated[float, typer.Option(help="Share of the documents to evaluate on.")] = 0.05,
+    field: Annotated[str, typer.Option(help="Of .jsonl and .parquet: where the text is.")] = "text",
+) -> None:
+    """Encode a corpus once, into files that every process of a training run maps and none reads as a whole."""
+    from .train import tokens
+
+    facts = tokens.build(tuple(paths), out, tokenizer=tokenizer, vocab_size=vocab_size, held_out=held_out, field=field)
+    print(f"{out}: {facts['source']}, {facts['train']:,} tokens to train on, {facts['held_out']:,} held out, {facts['dtype']}")
 
 
 @app.command()

@@ -26,9 +26,10 @@ class Config:
     variant: str = "gla"
     overrides: dict[str, object] = field(default_factory=dict)  # fields of the model's config set by name
     # the data
-    data: tuple[str, ...] = ()  # files and directories; none: the Python standard library
+    data: tuple[str, ...] = ()  # files and folders, or one folder of `linattn data build`; none: the Python standard library
     tokenizer: str = "bytes"
     vocab_size: int = 4096  # bpe only: bytes have 256 and an end of document
+    packing: bool = False  # documents in a window do not see each other: states and convolutions start anew at each
     held_out: float = 0.05  # share of the documents kept for evaluation
     context: int = 512
     batch: int = 8  # rows per step, over all processes: windows of `context` tokens, images, …

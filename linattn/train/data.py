@@ -83,17 +83,19 @@ def derive(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
-@lru_cache(maxsize=4)  # a batch may straddle two epochs
+@lru_cache(maxsize=2)  # a batch may straddle two epochs
 def _epoch(seed: int, epoch: int, windows: int, offsets: int) -> tuple[int, Tensor]:
     random = torch.Generator().manual_seed(derive("order", seed, epoch))
     return int(torch.randint(offsets, (), generator=random)), torch.randperm(windows, generator=random)
 
 
-def _split_by_hash(documents: list[bytes], share: float) -> tuple[list[bytes], list[bytes]]:
-    def kept(text):
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") < share * 2**64
+def is_held_out(text: bytes, share: float) -> bool:
+    """Whether a document is among the `share` kept for evaluation: by its hash, so that equal ones are on one side."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") < share * 2**64
 
-    return [text for text in documents if not kept(text)], [text for text in documents if kept(text)]
+
+def _split_by_hash(documents: list[bytes], share: float) -> tuple[list[bytes], list[bytes]]:
+    return [text for text in documents if not is_held_out(text, share)], [text for text in documents if is_held_out(text, share)]
 
 
 def _split_by_position(documents: list[bytes], share: float) -> tuple[list[bytes], list[bytes]]:
@@ -132,13 +134,17 @@ def standard_library() -> Iterator[bytes]:
 
 def user_documents(paths: tuple[str, ...]) -> Iterator[bytes]:
     """Every text file among `paths` and below them, in the order of their names; what holds a zero byte is no text."""
+    for file in user_files(paths):
+        text = file.read_bytes()
+        if text and b"\0" not in text:
+            yield text
+
+
+def user_files(paths: tuple[str, ...]) -> Iterator[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"data: there is no {path}")
-        for file in _files(path) if path.is_dir() else [path]:
-            text = file.read_bytes()
-            if text and b"\0" not in text:
-                yield text
+        yield from _files(path) if path.is_dir() else [path]
 
 
 def _files(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:

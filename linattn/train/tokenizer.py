@@ -31,10 +31,16 @@ class BPE:
     name = "bpe"
 
     def __init__(self, model):
-        alphabet = _byte_alphabet()
+        alphabet, added = _byte_alphabet(), set(model.get_added_tokens_decoder())
         table = sorted(model.get_vocab().items(), key=lambda item: item[1])
+        if [i for _, i in table] != list(range(len(table))):
+            raise ValueError("a tokenizer must number its tokens from 0 on without gaps")
+        if strange := [word for word, i in table if i not in added and not set(word) <= set(alphabet)]:
+            raise ValueError(
+                f"a tokenizer must be byte-level BPE, so that bits per byte can be told; this one has the token {strange[0]!r}"
+            )
         self.model = model
-        self.pieces = (*(bytes(alphabet[letter] for letter in word) for word, _ in table), b"")
+        self.pieces = (*(word.encode() if i in added else bytes(alphabet[letter] for letter in word) for word, i in table), b"")
         self.end = len(table)
 
     @classmethod

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models import Decoder
-from .. import data, tokenizer
+from .. import data, tokenizer, tokens
 from ..config import Config
 from .task import Batch, Task
 
@@ -26,11 +26,17 @@ class DecoderTask(Task):
         super().__init__(config, saved)
         if config.options:
             raise ValueError(f"the task decoder has no options of its own; got {config.options}")
-        self.corpus = data.load(
-            config.data, tokenizer=tokenizer.load(saved / TOKENIZER) if saved else config.tokenizer,
-            vocab_size=config.vocab_size, held_out=config.held_out, context=config.context,
-        )  # fmt: skip
+        if tokens.is_built(config.data):
+            self.corpus = tokens.load(Path(config.data[0]), context=config.context)
+        else:
+            self.corpus = data.load(
+                config.data, tokenizer=tokenizer.load(saved / TOKENIZER) if saved else config.tokenizer,
+                vocab_size=config.vocab_size, held_out=config.held_out, context=config.context,
+            )  # fmt: skip
+        if config.packing and config.context_parallel > 1:
+            raise ValueError("packing needs context_parallel = 1: a document that lies on two processes has no place in cu_seqlens")
         self.fingerprint, self.tokens_per_row = self.corpus.fingerprint, config.context
+        self.lengths = torch.tensor([len(piece) for piece in self.corpus.tokenizer.pieces])
         sizes = f"{len(self.corpus.train):,} tokens to train on, {len(self.corpus.held_out):,} held out"
         self.source = f"{self.corpus.source}: {sizes}"
 
@@ -46,18 +52,39 @@ class DecoderTask(Task):
 
     def batch(self, step: int, rows: range) -> Batch:
         config = self.config
-        return {"tokens": data.batch(self.corpus.train, context=config.context, of=config.batch, rows=rows, seed=config.seed, step=step)}
+        return self._packed(data.batch(self.corpus.train, context=config.context, of=config.batch, rows=rows, seed=config.seed, step=step))
+
+    def _packed(self, windows: Tensor) -> Batch:
+        """Windows [B T+1], and with packing where documents begin: with the end token of the one before, as when generating."""
+        if not self.config.packing:
+            return {"tokens": windows}
+        starts = windows[:, :-1] == self.corpus.tokenizer.end
+        starts[:, 0] = True
+        ends = starts.flatten().nonzero().flatten()
+        return {"tokens": windows, "cu_seqlens": torch.cat([ends, torch.tensor([starts.numel()])])}
+
+    def part(self, batch: Batch, index: int, of: int) -> Batch:
+        length, rest = divmod(batch["tokens"].shape[1] - 1, of)
+        if rest:
+            raise ValueError(f"context must be a multiple of context_parallel = {of}; got {self.config.context}")
+        tokens = batch["tokens"][:, index * length : (index + 1) * length + 1]
+        return {"tokens": tokens} | ({"bytes": self._bytes(tokens)} if "bytes" in batch else {})
+
+    def _bytes(self, windows: Tensor) -> Tensor:
+        return self.lengths[windows[:, 1:]].sum()
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        tokens = batch["tokens"]
-        logits, _ = model(tokens[:, :-1], checkpoint_activations=self.config.checkpoint_activations)
-        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        x, y = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        packed: dict[str, Any] = {}
+        if "cu_seqlens" in batch:
+            x, packed = x.reshape(1, -1), {"cu_seqlens": batch["cu_seqlens"]}
+        logits, _ = model(x, checkpoint_activations=self.config.checkpoint_activations, **packed)
+        return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none")
 
     def evaluation(self) -> Iterator[Batch]:
         windows = data.held_out_windows(self.corpus.held_out, context=self.config.context, count=self.config.eval_windows)
-        lengths = torch.tensor([len(piece) for piece in self.corpus.tokenizer.pieces])
         for rows in windows.split(self.config.batch):
-            yield {"tokens": rows, "bytes": lengths[rows[:, 1:]].sum()}
+            yield {**self._packed(rows), "bytes": self._bytes(rows)}
 
     def score(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Bits, and the bytes that the tokens stand for: −Σ log2 p / bytes."""
