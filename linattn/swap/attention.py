@@ -148,14 +148,13 @@ class SwappedAttention(nn.Module):
         fed, k, v, real = (torch.cat([before, t.to(before.dtype)], 1) for before, t in zip(past, now))
         hide = lambda t: t.masked_fill(~real[..., None, None], 0.0)  # 0 · NaN is NaN, and padding may hold anything
         k, v = hide(k), hide(v)
-        near, near_sum, m = window.scores(q, k, v, real, w, self.heads.width**-0.5)
+        near, near_log = window.scores(q, k, v, real, w, self.heads.width**-0.5)
         ones = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], -1)
         far, recurrent = self.mixer(  # a token enters the state when it leaves the window
             fed[:, :T], q, k[:, :T], ones[:, :T], state and state.recurrent, None, real[:, :T].contiguous(), return_state=keep
         )
-        weight = (self.mix.to(m.dtype)[:, None] - m).exp()
-        far = far.to(m.dtype) * weight
-        o = (near + far[..., :-1]) / (near_sum + far[..., -1:]).clamp_min(1e-6)
+        far = far.to(near.dtype)
+        o = window.together(near, near_log, far[..., :-1], far[..., -1:], self.mix.to(near.dtype))
         after = tuple(t[:, T:].clone() for t in (fed, k, v, real)) if keep else None
         return o.to(v.dtype), SwappedState(recurrent, after) if keep else None
 

@@ -38,6 +38,7 @@ CAUSAL = {
     "gpt_neox": partial(build, "GPTNeoXForCausalLM", "GPTNeoXConfig", **TEXT, **NONE, rotary_pct=0.5),
     "bert_decoder": partial(build, "BertLMHeadModel", "BertConfig", **TEXT, is_decoder=True, attention_probs_dropout_prob=0.0),
 }  # fmt: skip
+CLIP_TEXT = {"clip_text": partial(build, "CLIPTextModel", "CLIPTextConfig", **TEXT, pad_token_id=0, bos_token_id=1, eos_token_id=2)}
 BOTH = {
     "bert": partial(build, "BertModel", "BertConfig", **TEXT, attention_probs_dropout_prob=0.0),
     "roberta": partial(build, "RobertaModel", "RobertaConfig", **TEXT, attention_probs_dropout_prob=0.0),

@@ -10,9 +10,9 @@ import linattn
 from linattn.swap import ADAPTERS, SwappedAttention
 
 pytest.importorskip("transformers")
-from swap_hosts import BOTH, CAUSAL, inputs, out
+from swap_hosts import BOTH, CAUSAL, CLIP_TEXT, inputs, out
 
-HOSTS = CAUSAL | BOTH
+HOSTS = CAUSAL | BOTH | CLIP_TEXT
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -30,9 +30,9 @@ def test_swapped_is_the_linear_attention_of_the_attention_interface(name):
     assert (wanted - softmax).abs().max() > 1e-2  # or nothing was shown
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", CAUSAL | CLIP_TEXT)
 def test_a_window_over_everything_is_the_softmax_itself(name):
-    model = CAUSAL[name]()
+    model = HOSTS[name]()
     given = inputs(model)
     before = out(model, **given)
     linattn.swap_attention(model, "hedgehog", window=16)
@@ -42,7 +42,7 @@ def test_a_window_over_everything_is_the_softmax_itself(name):
 @pytest.mark.parametrize("name", HOSTS)
 def test_the_future_is_hidden_from_causal_hosts_only(name):
     model = HOSTS[name]()
-    linattn.swap_attention(model, "hedgehog", window=3 if name in CAUSAL else 0)
+    linattn.swap_attention(model, "hedgehog", window=0 if name in BOTH else 3)
     given = inputs(model)
     key, x = next(iter(given.items()))
     other = x.clone()
@@ -52,7 +52,7 @@ def test_the_future_is_hidden_from_causal_hosts_only(name):
         other[:, -1] = 3 + (other[:, -1] - 2) % 40
     a, b = out(model, **{key: x}), out(model, **{key: other})
     assert not torch.allclose(a[:, -1], b[:, -1])
-    assert torch.equal(a[:, :-1], b[:, :-1]) == (name in CAUSAL)
+    assert torch.equal(a[:, :-1], b[:, :-1]) == (name not in BOTH)
 
 
 @pytest.mark.parametrize("name", HOSTS)
