@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import State
+from .context_parallel import Shard
 from .convolution import ShortConvolution
 from .decays import Place, gate_dtype
 from .features import FEATURES
@@ -87,6 +88,7 @@ class LinearAttention(nn.Module):
             self.g_proj = nn.Sequential(Linear(dim, V), Linear(V, num_heads * V, bias=True))
         self.norm = GatedRMSNorm(num_heads, V, across=v.norm, gate=v.gate, gate_first=v.gate_first, eps=norm_eps)
         self.o_proj = Linear(num_heads * V, dim, bias=v.bias, std=residual_std(num_layers))
+        self.shard: Shard | None = None  # where a sequence lies on several processes: see `context_parallel.shard_sequence`
 
     def extra_repr(self) -> str:
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}"
@@ -112,6 +114,10 @@ class LinearAttention(nn.Module):
         """
         check_input(x, self.dim, cu_seqlens, mask)
         self._check_state(x, state, cu_seqlens, return_state)
+        if self.shard is not None:
+            if any(given is not None for given in (state, cu_seqlens, mask, curves, segment)) or return_state:
+                raise ValueError("part of a sequence takes x alone: no state, cu_seqlens, mask, curves, segment or return_state")
+            return self._of_a_part(x, self.shard), None
         if segment is not None:
             return self._by_segments(x, segment, cu_seqlens, mask), None
         keep = return_state or state is not None
@@ -123,8 +129,7 @@ class LinearAttention(nn.Module):
     def _heads(self, x, conv, seen, cu_seqlens, mask, keep):
         """q [B T HQ K], k [B T H K], v [B T H V] as the mixer takes them, and the convolution's state."""
         variant = self.variant
-        q, v = self.q_proj(x), self.v_proj(x)
-        k = q if self.k_proj is None else self.k_proj(x)
+        q, k, v = self._project(x)
         if self.conv is not None:
             qkv = torch.cat([q, k, v], -1)
             qkv = qkv if mask is None else qkv.masked_fill(~mask[..., None], 0.0)
@@ -139,6 +144,28 @@ class LinearAttention(nn.Module):
             table = rotation(positions, self.key_dim, dtype=gate_dtype(x))
             q, k = rotate(q, table), rotate(k, table)
         return q, k, v, conv
+
+    def _project(self, x):
+        q, v = self.q_proj(x), self.v_proj(x)
+        return q, q if self.k_proj is None else self.k_proj(x), v
+
+    @property
+    def whole_sequence(self) -> str | None:
+        """Why this layer cannot be given part of a sequence, if it cannot."""
+        if self.mixer.curves == 2:
+            return "its second curve crosses all parts"
+        return "its feature map has a way of its own" if hasattr(self.mixer.feature, "attend") else None
+
+    def _of_a_part(self, x, shard):
+        """y of a part of every sequence: the convolution goes on from the inputs before it, positions and states from what came before."""
+        conv, begin = None, shard.rank * x.shape[1]
+        if self.conv is not None:
+            past = self.conv.width - 1
+            if x.shape[1] < past:
+                raise ValueError(f"part of a sequence must have at least the {past} tokens that a convolution looks back; got {x.shape[1]}")
+            conv = torch.cat(self._project(shard.before(x[:, -past:])), -1).mT * float(shard.rank > 0)
+        q, k, v, _ = self._heads(x, conv, torch.full(x.shape[:1], begin, device=x.device), None, None, False)
+        return self._out(x, v, self.mixer(x, q, k, v, start=begin, shard=shard)[0])
 
     def _out(self, x, v, o):
         if self.D is not None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import State, linear_attention, step
+from .context_parallel import Shard
 from .decays import NoDecay, Place, gate_dtype
 from .features import FEATURES
 from .linear import Linear
@@ -91,12 +92,14 @@ class Mixer(nn.Module):
         curves: Tensor | None = None,
         *,
         start: int = 0,
+        shard: Shard | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, State | None]:
         """x [B T dim], q [B T HQ K], k [B T H K], v [B T H V], after RoPE and before the feature map → o [B T HQ V] and the state.
 
         mask [B T] bool, True for a real token: the others write nothing and nothing is forgotten at them; their own o means nothing.
         curves [2 T] int64, two permutations of the tokens, where the mixer has two. start: tokens before the first one here, for `prefix`.
+        shard: which part of every sequence this is, of several processes.
         With multi_value q and k have one head, which serves all those of v. A single token with a state and without gradients takes the
         operator's `step`. A feature map with `attend`, a shorter way to what the operator would give for its features, is asked for that.
         """
@@ -113,6 +116,8 @@ class Mixer(nn.Module):
             return self._along_both(x, q, k, v, beta, cu_seqlens, mask, _two(curves, x.shape[1])), None
         k, v, log_decay = self._write(self.decay, x, k, v, cu_seqlens, mask, start)
         how = dict(normalize=self.variant.normalize, scale=self.variant.scale, offset=self.variant.offset, backend=self.backend)
+        if shard is not None:
+            return shard.attend(q, k, v, log_decay, beta, {**how, "causal": self.causal, "gating": self.gating}), None
         if alone and state is not None:
             now = lambda t: t if t is None or t.ndim == 1 else t[:, 0]
             o, state = step(now(q), now(k), now(v), now(log_decay), now(beta), state=state, **how)

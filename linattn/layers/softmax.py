@@ -77,6 +77,8 @@ class SoftmaxAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (Linear(dim, H * K, bias=bias) for H in (num_heads, self.num_kv_heads, self.num_kv_heads))
         self.o_proj = Linear(num_heads * K, dim, bias=bias, std=residual_std(num_layers))
 
+    whole_sequence = "softmax attends to the keys of all parts"  # see `context_parallel.shard_sequence`
+
     def extra_repr(self) -> str:
         return f"{self.dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, theta={self.theta}, causal={self.causal}"
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..layers.context_parallel import shard_sequence
 from ..layers.linear import Embedding, Linear
 from . import generation, storage
 from .block import make_block
@@ -86,6 +87,10 @@ class Decoder(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+
+    def shard_sequence(self, group) -> None:
+        """Be given, from now on, one part of every sequence: see `linattn.layers.context_parallel`. group: a process group of torch."""
+        shard_sequence(self, group)
 
     stream = generation.stream  # tokens [B], one after the other
     generate = generation.generate  # all of them

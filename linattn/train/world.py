@@ -75,6 +75,11 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
+    def neighbours(self, count: int):
+        """The group of this process among groups of `count` in a row. All processes ask at once."""
+        groups = [dist.new_group(range(i, i + count), timeout=TIMEOUT) for i in range(0, self.size, count)]
+        return groups[self.rank // count]
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=self.group)

@@ -90,6 +90,17 @@ def test_a_step_that_is_not_finite_is_skipped_by_all_stages_and_the_groups_are_w
     assert code == 0 and said.count("as they should be") == 4, said
 
 
+def test_a_sequence_on_two_processes_trains_as_on_one(text, tmp_path):
+    variant = ["--variant", "gated_delta"]  # convolution, delta rule and decay: all that crosses the cut
+    code, said = finish(command(2, *arguments(text, tmp_path / "two", "--zero", 3, "--context-parallel", 2, *variant, steps=6)))
+    assert code == 0, said
+    code, said = finish(command(0, *arguments(text, tmp_path / "one", *variant, steps=6)))
+    assert code == 0, said
+    for one, two in zip(losses(tmp_path / "one")[1:], losses(tmp_path / "two")[1:], strict=True):
+        assert one[1:3] == pytest.approx(two[1:3], rel=1e-4)
+    assert losses(tmp_path / "one")[-1][3] == pytest.approx(losses(tmp_path / "two")[-1][3], rel=1e-4)
+
+
 # -- the long ones ------------------------------------------------------------------------------------------------------------------------
 
 
