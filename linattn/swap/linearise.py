@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .attention import MODES, SwappedAttention
+from .losses import kl, relative, vit_linearizer
 from .swap import swapped_of
 
 Batch = dict[str, Any]
@@ -93,7 +94,9 @@ def importance(model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
 
     def divergence(softmax: Sequence[str]) -> float:
         with mode(model, "softmax", softmax):
-            return sum(float(kl(_call(model, batch).logits, wanted, batch)) for batch, wanted in zip(batches, answers)) / len(batches)
+            return sum(
+                float(kl(_call(model, batch).logits, wanted, batch.get("attention_mask"))) for batch, wanted in zip(batches, answers)
+            ) / len(batches)
 
     with _switched(model, training=False):
         with mode(model, "softmax"):
@@ -113,6 +116,7 @@ def distill(
     lr_added: float | None = None,
     trained: str = "all",
     temperature: float = 1.0,
+    logits: float = 1.0,
     hidden: float = 0.0,
     masked: float = 0.0,
     patch: int = 0,
@@ -122,10 +126,12 @@ def distill(
 ) -> None:
     """Train `model` to answer as `teacher` does: temperature² · KL(teacher ‖ student) of their logits, and by weight
 
-        hidden   Σ (h − h')² / Σ h'² of the hidden states after each layer, RADLADS and ViT-Linearizer's activation matching
-        masked   that share of the `patch` × `patch` patches of pixel_values is hidden from the student only, which must tell what the
-                 teacher makes of them: ViT-Linearizer's masked prediction, arXiv:2504.00037; with hidden > 0
+        logits   that term
+        hidden   Σ (h − h')² / Σ h'² of the hidden states after each layer, mean over layers
         labels   the model's own loss, where batches have labels
+
+    masked   for images: that share of the `patch` × `patch` patches of pixel_values is hidden from the student, and ViT-Linearizer's two
+             losses are added, `losses.vit_linearizer` of four stages; its authors mask 0.75 and use no others (logits=0)
 
     trained  "all", "attention" (the swapped modules) or "added" (what the swap added); lr_added is for the latter, None: lr
     teacher  a model of its own, made before the swap; weights are shared by a swapped model and its originals, so `mode` is no teacher here
@@ -135,8 +141,8 @@ def distill(
     pools = {"all": model.parameters(), "attention": (p for m in swapped_of(model).values() for p in m.parameters()), "added": added}
     if trained not in pools:
         raise ValueError(f"trained must be one of {list(pools)}; got {trained!r}")
-    if masked and not (hidden and patch):
-        raise ValueError(f"masked={masked} needs hidden > 0, which it is judged by, and patch, the width of a patch; got {hidden}, {patch}")
+    if masked and not (0 < masked < 1 and patch > 0):
+        raise ValueError(f"masked is a share of the patches, in (0, 1), and needs patch, the width of one; got {masked}, patch={patch}")
     if any(p is q for p in teacher.parameters() for q in added) or any(isinstance(m, SwappedAttention) for m in teacher.modules()):
         raise ValueError("teacher must be the model before the swap: load or copy it first")
     ids = {id(p) for p in added}
@@ -146,16 +152,23 @@ def distill(
     def loss(step: int) -> Tensor:
         batch = batches(step)
         asked = {name: value for name, value in batch.items() if name != "labels"}
+        deep = bool(hidden or masked)
         with torch.no_grad():
-            wanted = _call(teacher, asked, hidden=bool(hidden))
+            wanted = _call(teacher, asked, hidden=deep)
         own = dict(batch if labels else asked)
         if masked:
-            own["pixel_values"] = _hide_patches(own["pixel_values"], masked, patch, step)
-        answer = _call(model, own, hidden=bool(hidden))
-        total = temperature**2 * kl(answer.logits, wanted.logits, batch, temperature)
+            away = _patches(own["pixel_values"], masked, patch, step)
+            own["pixel_values"] = _without(own["pixel_values"], away, patch)
+        answer = _call(model, own, hidden=deep)
+        total = logits * temperature**2 * kl(answer.logits, wanted.logits, batch.get("attention_mask"), temperature)
+        pairs = list(zip(answer.hidden_states[1:], wanted.hidden_states[1:])) if deep else []
         if hidden:
-            pairs = list(zip(answer.hidden_states[1:], wanted.hidden_states[1:]))
-            total = total + hidden * sum(_relative(h, w) for h, w in pairs) / len(pairs)
+            total = total + hidden * sum(relative(h, w) for h, w in pairs) / len(pairs)
+        if masked:
+            stages = [pairs[round((i + 1) * len(pairs) / 4) - 1] for i in range(4)] if len(pairs) >= 4 else pairs
+            of_patches = lambda f: f[:, f.shape[1] - away.shape[1] :]  # behind the class token and its like
+            matching, prediction = vit_linearizer([of_patches(h) for h, _ in stages], [of_patches(w) for _, w in stages], away)
+            total = total + matching + prediction
         return total + labels * answer.loss if labels else total
 
     with _frozen_but(model, [*rest, *added]), _switched(model, training=True), _switched(teacher, training=False):
@@ -171,11 +184,28 @@ def finetune(
         _train([(parameters, lr)], lambda step: _call(model, batches(step)).loss, steps, checkpoint=checkpoint, told=told)
 
 
-def with_lora(model: nn.Module, *, rank: int = 8, alpha: int = 16) -> Any:
+class _Chain(nn.Module):
+    """W_n … W_1 A for A [r in]: square factors between the two of a low-rank adapter, from the identity."""
+
+    def __init__(self, rank: int, links: int):
+        super().__init__()
+        self.links = nn.ParameterList([nn.Parameter(torch.eye(rank)) for _ in range(links)])
+
+    def forward(self, a: Tensor) -> Tensor:
+        for link in self.links:
+            a = link.to(a.dtype) @ a
+        return a
+
+
+def with_lora(model: nn.Module, *, rank: int = 8, alpha: int = 16, chain: int = 0) -> Any:
     """The model with low-rank adapters (LoRA, by PEFT) on the projections of its swapped attention, which alone can then be trained.
+
+    chain    that many rank × rank factors between the two of each adapter: LinChain, arXiv:2411.00039, of which 0 is LoRA
 
     `merged = lora.merge_and_unload()` folds them into the weights. ValueError where PEFT is missing.
     """
+    if chain < 0:
+        raise ValueError(f"chain must be at least 0; got {chain}")
     try:
         from peft import LoraConfig, get_peft_model
     except ModuleNotFoundError:
@@ -186,16 +216,12 @@ def with_lora(model: nn.Module, *, rank: int = 8, alpha: int = 16) -> Any:
         for part in module.adapter.parts
         if isinstance(getattr(module, part), nn.Linear) or type(getattr(module, part)).__name__ == "Conv1D"
     ]
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
-
-
-def kl(logits: Tensor, wanted: Tensor, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """KL(wanted ‖ logits) in nats, mean over tokens, those of `attention_mask` where the batch has one."""
-    each = F.kl_div(
-        (logits.float() / temperature).log_softmax(-1), (wanted.float() / temperature).log_softmax(-1), log_target=True, reduction="none"
-    ).sum(-1)
-    real = batch.get("attention_mask")
-    return each.mean() if real is None or real.shape != each.shape else each[real.bool()].mean()
+    lora = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+    if chain:
+        for name, module in list(lora.named_modules()):
+            if name.endswith(".lora_A.default"):
+                parametrize.register_parametrization(module, "weight", _Chain(rank, chain).to(module.weight.device))
+    return lora
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------------------------
@@ -283,13 +309,15 @@ def _error(module: SwappedAttention) -> Tensor:
     return module.error
 
 
-def _relative(h: Tensor, wanted: Tensor) -> Tensor:
-    return (h.float() - wanted.float()).square().sum() / wanted.float().square().sum().clamp_min(1e-12)
-
-
-def _hide_patches(pixels: Tensor, share: float, patch: int, step: int) -> Tensor:
-    """pixels [B C Y X] with `share` of the patches at 0, others at each step."""
+def _patches(pixels: Tensor, share: float, patch: int, step: int) -> Tensor:
+    """[B L] bool: `share` of the patches of pixels [B C Y X], equally many in each image, others at each step."""
     B, _, Y, X = pixels.shape
-    generator = torch.Generator().manual_seed(step)
-    seen = (torch.rand(B, 1, Y // patch, X // patch, generator=generator) >= share).to(pixels)
+    L = (Y // patch) * (X // patch)
+    order = torch.rand(B, L, generator=torch.Generator().manual_seed(step)).argsort(1)
+    return (order < round(share * L)).to(pixels.device)
+
+
+def _without(pixels: Tensor, masked: Tensor, patch: int) -> Tensor:
+    """pixels with the masked patches at 0."""
+    seen = (~masked).view(masked.shape[0], 1, -1, pixels.shape[-1] // patch).to(pixels.dtype)
     return pixels * seen.repeat_interleave(patch, 2).repeat_interleave(patch, 3)

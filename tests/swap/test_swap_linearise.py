@@ -11,6 +11,8 @@ from linattn.swap import linearise
 pytest.importorskip("transformers")
 from swap_hosts import CAUSAL, IMAGE, build
 
+from linattn.swap.losses import vit_linearizer
+
 
 def batches(step, labels=False):
     ids = torch.randint(3, 50, (4, 16), generator=torch.Generator().manual_seed(step))
@@ -27,7 +29,7 @@ def changed(model, before):
 
 @torch.no_grad()
 def apart_on(model, teacher, batch):
-    return float(linearise.kl(model(**batch).logits, teacher(**batch).logits, {}))
+    return float(linearise.kl(model(**batch).logits, teacher(**batch).logits))
 
 
 def swapped(variant="hedgehog", **how):
@@ -88,11 +90,28 @@ def test_images_with_hidden_patches():
     linattn.swap_attention(model, "lion_s")
     pixels = lambda step: dict(pixel_values=torch.randn(3, 1, 12, 12, generator=torch.Generator().manual_seed(step % 2)))
     seen = []
-    how = dict(hidden=1.0, masked=0.5, patch=4)
+    how = dict(logits=0.0, masked=0.5, patch=4)
     linearise.distill(model, teacher, pixels, steps=40, lr=3e-3, told=lambda step, loss: seen.append(loss), **how)
     assert sum(seen[-10:]) < sum(seen[:10])
-    hidden = linearise._hide_patches(torch.ones(1, 1, 12, 12), 0.5, 4, 0)
-    assert set(hidden.unfold(2, 4, 4).unfold(3, 4, 4).mean((-1, -2)).flatten().tolist()) == {0.0, 1.0}  # whole patches
+    away = linearise._patches(torch.ones(2, 1, 12, 12), 0.5, 4, 0)
+    assert away.sum(1).tolist() == [4, 4] and not torch.equal(away[0], away[1])
+    patches = linearise._without(torch.ones(2, 1, 12, 12), away, 4).unfold(2, 4, 4).unfold(3, 4, 4).mean((-1, -2))
+    assert torch.equal(patches.view(2, 9), (~away).float())
+
+
+def test_the_losses_of_vit_linearizer():
+    f, masked = torch.randn(2, 9, 8), torch.zeros(2, 9, dtype=torch.bool)
+    masked[:, 5:] = True
+    turn, _ = torch.linalg.qr(torch.randn(8, 8))
+    matching, prediction = vit_linearizer([3 * f @ turn], [f], masked)
+    assert matching == pytest.approx(0, abs=1e-6) and prediction > 0.1  # the first cares for angles between tokens alone
+    other = torch.where(masked[..., None], f, torch.randn(2, 9, 8))
+    matching, prediction = vit_linearizer([other], [f], masked)
+    assert matching > 0.1 and prediction == 0  # visible tokens, and masked ones
+    a = torch.nn.functional.cosine_similarity(other[0, :5, None], other[0, None, :5], dim=-1)
+    b = torch.nn.functional.cosine_similarity(f[0, :5, None], f[0, None, :5], dim=-1)
+    wanted = 1 - torch.nn.functional.cosine_similarity(a, b, dim=-1).mean()
+    torch.testing.assert_close(vit_linearizer([other[:1]], [f[:1]], masked[:1])[0], wanted)
 
 
 def test_importance_is_what_keeping_a_layer_gains():
@@ -108,12 +127,14 @@ def test_importance_is_what_keeping_a_layer_gains():
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT asks transformers by the old name
-def test_low_rank_adapters_on_swapped_attention():
+@pytest.mark.parametrize("chain", [0, 2])
+def test_low_rank_adapters_on_swapped_attention(chain):
     pytest.importorskip("peft")
     model, _, _ = swapped()
     before = weights(model)
-    lora = linearise.with_lora(model, rank=2, alpha=4)
-    assert {name.rsplit("lora_", 1)[0][-7:-1] for name, p in lora.named_parameters() if p.requires_grad} == {
+    lora = linearise.with_lora(model, rank=2, alpha=4, chain=chain)
+    trained = [name for name, p in lora.named_parameters() if p.requires_grad]
+    assert len(trained) == 8 * (2 + chain) and {name.rsplit("lora_", 1)[0][-7:-1] for name in trained} == {
         "q_proj",
         "k_proj",
         "v_proj",
@@ -136,7 +157,7 @@ def test_errors():
         linearise.distill(model, model, batches, steps=1)
     with pytest.raises(ValueError, match=r"trained must be one of \['all', 'attention', 'added'\]; got 'maps'"):
         linearise.distill(model, teacher, batches, steps=1, trained="maps")
-    with pytest.raises(ValueError, match=r"masked=0.5 needs hidden > 0"):
+    with pytest.raises(ValueError, match=r"masked is a share of the patches, in \(0, 1\), and needs patch"):
         linearise.distill(model, teacher, batches, steps=1, masked=0.5)
     with pytest.raises(ValueError, match=r"mode must be one of .*; got 'x'"), linearise.mode(model, "x"):
         pass

@@ -64,6 +64,6 @@ for window in (0, 4):
     except ValueError as error:
         message = str(error)
     assert "is wrapped by deepspeed" in message, message
-    got = transferred(engine, engine.module, lambda loss: (engine.backward(loss), engine.step()))
+    got = transferred(engine, engine.module, lambda loss, e=engine: (e.backward(loss), e.step()))
     assert wanted[-1] < wanted[0] and torch.allclose(torch.tensor(got), torch.tensor(wanted), rtol=1e-4), (got, wanted)
     print(f"window {window}: {got}")
