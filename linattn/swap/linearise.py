@@ -4,8 +4,6 @@ Every stage takes `batches`, a function of the step that returns a batch, a dict
 goes on with `checkpoint` sees what an uninterrupted one would have seen.
 """
 
-import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .attention import MODES, SwappedAttention
+from .loop import Told, frozen_but, switched, train
 from .losses import kl, relative, vit_linearizer
 from .swap import swapped_of
 
 Batch = dict[str, Any]
 Batches = Callable[[int], Batch]
-Told = Callable[[int, float], None]
 
 
 @contextmanager
@@ -65,8 +63,8 @@ def transfer(
             _call(model, batches(step))
             return _errors(modules.values())
 
-    with _frozen_but(model, added), _switched(model, training=False):
-        _train([(added, lr)], loss, steps, checkpoint=checkpoint, told=told)
+    with frozen_but(model, added), switched(model, training=False):
+        train([(added, lr)], loss, steps, checkpoint=checkpoint, told=told)
     return errors(model, [batches(steps)])
 
 
@@ -75,7 +73,7 @@ def errors(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
     """Σ (y − y')² / Σ y'² of every swapped module's output against the softmax's, given the softmax's own input; mean over batches."""
     modules, count = swapped_of(model), 0
     total: dict[str, float] = {}
-    with _switched(model, training=False):
+    with switched(model, training=False):
         for batch in batches:
             with mode(model, "transfer"):
                 _call(model, batch)
@@ -98,7 +96,7 @@ def importance(model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
                 float(kl(_call(model, batch).logits, wanted, batch.get("attention_mask"))) for batch, wanted in zip(batches, answers)
             ) / len(batches)
 
-    with _switched(model, training=False):
+    with switched(model, training=False):
         with mode(model, "softmax"):
             answers = [_call(model, batch).logits for batch in batches]
         linear = divergence([])
@@ -171,8 +169,8 @@ def distill(
             total = total + matching + prediction
         return total + labels * answer.loss if labels else total
 
-    with _frozen_but(model, [*rest, *added]), _switched(model, training=True), _switched(teacher, training=False):
-        _train(groups, loss, steps, checkpoint=checkpoint, told=told)
+    with frozen_but(model, [*rest, *added]), switched(model, training=True), switched(teacher, training=False):
+        train(groups, loss, steps, checkpoint=checkpoint, told=told)
 
 
 def finetune(
@@ -180,8 +178,8 @@ def finetune(
 ) -> None:
     """Train what requires a gradient by the model's own loss; batches have labels. After `with_lora`: LoLCATs' second stage."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    with _switched(model, training=True):
-        _train([(parameters, lr)], lambda step: _call(model, batches(step)).loss, steps, checkpoint=checkpoint, told=told)
+    with switched(model, training=True):
+        train([(parameters, lr)], lambda step: _call(model, batches(step)).loss, steps, checkpoint=checkpoint, told=told)
 
 
 class _Chain(nn.Module):
@@ -222,77 +220,6 @@ def with_lora(model: nn.Module, *, rank: int = 8, alpha: int = 16, chain: int = 
             if name.endswith(".lora_A.default"):
                 parametrize.register_parametrization(module, "weight", _Chain(rank, chain).to(module.weight.device))
     return lora
-
-
-# -- the loop ----------------------------------------------------------------------------------------------------------------------------
-
-
-def _train(groups, loss_of, steps: int, *, checkpoint: Path | None, told: Told | None, clip: float = 1.0) -> None:
-    """`steps` steps of AdamW without weight decay, the rate falling along a cosine to a tenth; with `checkpoint`, from where it stood."""
-    if steps < 0:
-        raise ValueError(f"steps must be at least 0; got {steps}")
-    parameters = [p for group, _ in groups for p in group]
-    for _, lr in groups:
-        if not lr > 0:
-            raise ValueError(f"lr must be above 0; got {lr}")
-    optimizer = torch.optim.AdamW([{"params": group, "lr": lr, "peak": lr} for group, lr in groups], weight_decay=0.0)
-    first = _resume(checkpoint, parameters, optimizer) if checkpoint and checkpoint.exists() else 0
-    for step in range(first, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * min(1.0, (step + 1) / max(1, steps // 20)) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-        loss = loss_of(step)
-        if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(f"the loss of step {step + 1} is not finite; try a lower lr")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
-        if told:
-            told(step + 1, float(loss.detach()))
-        if checkpoint and ((step + 1) % 50 == 0 or step + 1 == steps):
-            _save(checkpoint, step + 1, parameters, optimizer)
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _save(path: Path, step: int, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
-    beside = path.with_suffix(".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"step": step, "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict()}, beside)
-    os.replace(beside, path)
-
-
-def _resume(path: Path, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
-    saved = torch.load(path, weights_only=True)
-    if [p.shape for p in saved["parameters"]] != [p.shape for p in parameters]:
-        raise ValueError(f"{path} is of another model or stage: its parameters have other shapes")
-    with torch.no_grad():
-        for p, value in zip(parameters, saved["parameters"]):
-            p.copy_(value)
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"]
-
-
-@contextmanager
-def _frozen_but(model: nn.Module, trained: Sequence[Tensor]) -> Iterator[None]:
-    ids, before = {id(p) for p in trained}, [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in before:
-        p.requires_grad_(id(p) in ids)
-    try:
-        yield
-    finally:
-        for p, flag in before:
-            p.requires_grad_(flag)
-
-
-@contextmanager
-def _switched(model: nn.Module, *, training: bool) -> Iterator[None]:
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, flag in before:
-            module.training = flag
 
 
 def _call(model: nn.Module, batch: Batch, *, hidden: bool = False) -> Any:

@@ -16,13 +16,17 @@ CONFIG, WEIGHTS = "config.json", "linattn.safetensors"
 
 
 def save_swapped(model: Any, folder: str | Path, **options: Any) -> None:
-    """Write config.json and linattn.safetensors to `folder`. Of `options`, those of transformers' `save_pretrained`, state_dict is heeded.
+    """Write config.json and linattn.safetensors to `folder`.
+
+    Of `options`, those of transformers' `save_pretrained`, state_dict and is_main_process are heeded.
 
     The config is of model_type "linattn_swapped", and the file of weights not called as transformers calls it: plain transformers
     fails to load it, instead of loading softmax attention.
     ValueError for a model that is not of transformers, or swapped with a Variant that has no name to be found by.
     """
     spec, _ = owner_mark(model)
+    if not options.get("is_main_process", True):
+        return
     if spec["variant"] is None:
         raise ValueError(
             "a model swapped with a Variant of your own cannot be saved: its functions have no names; save a state_dict yourself"

@@ -62,11 +62,13 @@ def test_a_stage_goes_on_where_it_was_cut_off(tmp_path):
         return batches(step)
 
     whole, parted = swapped()[0], swapped()[0]
+    state = torch.get_rng_state()
     linearise.transfer(whole, batches, steps=80)
     with pytest.raises(Cut):
         linearise.transfer(parted, cut, steps=80, checkpoint=tmp_path / "transfer.pt")
     fresh = swapped()[0]
     linearise.transfer(fresh, batches, steps=80, checkpoint=tmp_path / "transfer.pt")
+    assert torch.equal(torch.get_rng_state(), state)
     for a, b in zip(whole.parameters(), fresh.parameters()):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="is of another model or stage"):
