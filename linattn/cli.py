@@ -1,6 +1,7 @@
 """The command line: options become arguments, errors become one line. Nothing is computed here, nothing heavy imported before its use."""
 
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -97,6 +98,7 @@ def train(
     zero: Annotated[int | None, MACHINE(help="Stage of DeepSpeed's ZeRO: 0, 1, 2 or 3.", show_default="no DeepSpeed")] = None,
     deepspeed: Annotated[Path | None, MACHINE(help="DeepSpeed configuration, JSON; its autos are resolved.")] = None,
     context_parallel: Annotated[int | None, MACHINE(help="Processes that share one sequence.", show_default="1")] = None,
+    compile_: Annotated[bool | None, MACHINE("--compile", help="torch.compile the model.", show_default="no")] = None,
     checkpoint_activations: Annotated[
         bool | None, MACHINE(help="Keep only what enters a block for the backward pass.", show_default="no")
     ] = None,
@@ -107,6 +109,9 @@ def train(
     resume: Annotated[str, RUN(help="auto: go on with the run in --out; never: refuse to.")] = "auto",
     eval_every: Annotated[int | None, RUN(help="Steps between evaluations.", show_default="a tenth")] = None,
     save_every: Annotated[int | None, RUN(help="Steps between checkpoints.", show_default="a tenth")] = None,
+    report: Annotated[list[str] | None, RUN(help="tensorboard or wandb, besides log.csv; repeatable.")] = None,
+    dry_run: Annotated[bool, RUN("--dry-run", help="Say what the run would take, and train nothing.")] = False,
+    processes: Annotated[int, RUN(help="With --dry-run: how many processes it is asked for.", min=1)] = 1,
 ) -> None:
     """Train a model, a decoder on text unless --recipe says otherwise, from nothing or from where it stopped.
 
@@ -123,11 +128,17 @@ def train(
         data=tuple(data) if data else None, tokenizer=tokenizer, vocab_size=vocab_size, packing=packing, held_out=held_out,
         context=context, batch=batch, accumulate=accumulate, steps=steps, lr=lr, warmup=warmup, schedule=schedule,
         weight_decay=weight_decay, clip=clip, seed=seed, precision=precision, zero=zero, deepspeed=_json("deepspeed", deepspeed),
-        context_parallel=context_parallel, checkpoint_activations=checkpoint_activations, device=device, backend=backend,
-        threads=threads, eval_every=eval_every, save_every=save_every,
+        context_parallel=context_parallel, compile=compile_, checkpoint_activations=checkpoint_activations, device=device, backend=backend,
+        threads=threads, eval_every=eval_every, save_every=save_every, report=tuple(report) if report else None,
     )  # fmt: skip
     base = (loop.saved_config(out) if resume == "auto" else None) or recipes.make(recipe, preset, variant, steps=steps)
     config = replace(base, **{name: value for name, value in options.items() if value is not None})
+    if dry_run:
+        from .train import engine, estimate
+
+        for line in estimate.dry_run(config, engine.pick_device(config.device), processes):
+            print(line)
+        return
     again = f"{_program()} train --out {shlex.quote(str(out))} --resume auto"
     run = loop.train(config, out, resume=resume, command=again, console=Console())
     raise typer.Exit(130 if run.stopped_by == signal.SIGINT else 0)
@@ -294,6 +305,8 @@ def build() -> None:
 def _program() -> str:
     """How this program was called, as it can be typed again."""
     name = Path(sys.argv[0]).name
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', os.environ['WORLD_SIZE'])} -m linattn"
     return shlex.join([sys.executable, "-m", "linattn"]) if name in ("__main__.py", "-c") else shlex.quote(sys.argv[0])
 
 

@@ -149,6 +149,10 @@ class LinearAttention(nn.Module):
         q, v = self.q_proj(x), self.v_proj(x)
         return q, q if self.k_proj is None else self.k_proj(x), v
 
+    def flops_per_token(self, T: int) -> float:
+        """Of writing and reading the state, forward and backward; the projections come on top."""
+        return 12.0 * self.num_heads * self.mixer.key_dim * self.value_dim
+
     @property
     def whole_sequence(self) -> str | None:
         """Why this layer cannot be given part of a sequence, if it cannot."""

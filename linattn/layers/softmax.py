@@ -77,6 +77,10 @@ class SoftmaxAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (Linear(dim, H * K, bias=bias) for H in (num_heads, self.num_kv_heads, self.num_kv_heads))
         self.o_proj = Linear(num_heads * K, dim, bias=bias, std=residual_std(num_layers))
 
+    def flops_per_token(self, T: int) -> float:
+        """Of the products with keys and values, forward and backward; the projections come on top."""
+        return (6.0 if self.causal else 12.0) * T * self.num_heads * self.head_dim
+
     whole_sequence = "softmax attends to the keys of all parts"  # see `context_parallel.shard_sequence`
 
     def extra_repr(self) -> str:

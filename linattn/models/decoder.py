@@ -88,6 +88,17 @@ class Decoder(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
 
+    def flops_per_token(self, T: int) -> float:
+        """FLOPs of forward and backward for one of T tokens, a product and a sum counted as two.
+
+        6 for each weight of a matrix (the embedding as output only); in each layer 12 · H · K · V to write and read the state of linear
+        attention, or 6 · T · dim for the T / 2 keys that softmax attends to on average. Chunks, convolutions, norms and gates' own
+        arithmetic are not counted, nor is what activation checkpointing computes again.
+        """
+        weights = sum(p.numel() for p in self.parameters() if p.ndim > 1)
+        weights -= 0 if self.head is None else self.embedding.weight.numel()
+        return 6.0 * weights + sum(block.attention.flops_per_token(T) for block in self.blocks)  # type: ignore[union-attr, operator]
+
     def shard_sequence(self, group) -> None:
         """Be given, from now on, one part of every sequence: see `linattn.layers.context_parallel`. group: a process group of torch."""
         shard_sequence(self, group)

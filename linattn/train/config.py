@@ -7,8 +7,18 @@ from pathlib import Path
 from .schedule import SCHEDULES
 
 TOKENIZERS = ("bytes", "bpe")
+REPORTS = ("tensorboard", "wandb")
 PRECISIONS = ("float32", "bfloat16")
-FREE_ON_RESUME = ("threads", "device", "backend", "eval_every", "save_every", "keep", "context_parallel")  # the rest defines the run
+FREE_ON_RESUME = (
+    "threads",
+    "device",
+    "backend",
+    "eval_every",
+    "save_every",
+    "keep",
+    "context_parallel",
+    "report",
+)  # the rest defines the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +62,7 @@ class Config:
     zero: int | None = None  # stage of DeepSpeed's ZeRO, 0 to 3; None: no DeepSpeed, unless `deepspeed` is given
     deepspeed: dict = field(default_factory=dict)  # a DeepSpeed configuration; see linattn.train.ds_config
     context_parallel: int = 1  # processes that share one sequence
+    compile: bool = False  # torch.compile of the model
     checkpoint_activations: bool = False  # keep only what enters a block for the backward pass, and compute the rest again
     device: str = "auto"
     backend: str = "auto"
@@ -61,10 +72,14 @@ class Config:
     eval_windows: int = 64
     save_every: int = 200
     keep: int = 2  # complete checkpoints kept
+    report: tuple[str, ...] = ()  # besides log.csv: any of REPORTS
 
     def __post_init__(self):
         object.__setattr__(self, "data", tuple(str(path) for path in self.data))
         object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "report", tuple(self.report))
+        if unknown := set(self.report) - set(REPORTS):
+            raise ValueError(f"report must be of {list(REPORTS)}; got {sorted(unknown)}")
         for name, known in (("tokenizer", TOKENIZERS), ("precision", PRECISIONS), ("schedule", tuple(SCHEDULES))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {list(known)}; got {getattr(self, name)!r}")

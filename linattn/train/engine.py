@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import optimizer
+from . import estimate, optimizer
 from .config import Config
 from .tasks import Batch, Task
 from .world import World
@@ -39,6 +39,9 @@ class Engine:
     def __init__(self, model: nn.Module, task: Task, config: Config, device: torch.device, world: World):
         self.model, self.task, self.config, self.device, self.world = model.to(device), task, config, device, world
         self.parameters = sum(p.numel() for p in model.parameters())
+        self.flops_per_token = estimate.flops_per_token(model, task.tokens_per_row)
+        if config.compile:
+            self.model.compile()
         self.called: nn.Module = self.model  # what `losses` and `score` are given: the model, or something around it
         self.optimizer = optimizer.make(model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 

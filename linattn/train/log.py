@@ -1,8 +1,11 @@
 """The only place that reports a run as it goes: log.csv always, and a progress bar or plain lines on the console."""
 
 import csv
+import hashlib
 import io
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -14,11 +17,14 @@ COLUMNS = ("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "skipped
 class Log:
     """Rows of COLUMNS and `metric`, one per step; the metric is the held-out figure after that many steps, where one was taken.
 
-    Without a path none are kept.
+    Without a path none are kept. `report` takes each row as well, as a dict without empty cells.
     """
 
-    def __init__(self, path: Path | None, console: Console, *, start: int, steps: int, title: str, metric: str):
-        self.path, self.console, self.steps = path, console, steps
+    def __init__(
+        self, path: Path | None, console: Console, *, start: int, steps: int, title: str, metric: str,
+        report: Callable[[int, dict], None] = lambda step, values: None,
+    ):  # fmt: skip
+        self.path, self.console, self.steps, self.metric, self.report = path, console, steps, metric, report
         self.broken = False
         before = [row for row in read(path) if row["step"] <= start] if path and start else []  # later steps come again
         self.skipped = sum(row["skipped"] for row in before)
@@ -44,17 +50,23 @@ class Log:
     def say(self, message: str) -> None:
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
-    def row(self, step: int, *, tokens: int, loss="", grad_norm="", lr="", tokens_per_s="", skipped=0, metric="") -> None:
+    def row(
+        self, step: int, *, tokens: int, loss="", grad_norm="", lr="", tokens_per_s="", skipped=0, metric="", extra: dict | None = None
+    ) -> None:
         self._write((step, tokens, loss, grad_norm, lr, tokens_per_s, skipped, metric))
+        named = {"tokens": tokens, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens_per_s": tokens_per_s, self.metric: metric}
+        self.report(step, {name: value for name, value in {**named, **(extra or {})}.items() if value not in ("", None)})
         if loss == "":
             return
         self.skipped += skipped
-        figures = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s" + (f"  {self.skipped} skipped" if self.skipped else "")
+        figures = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s" + _figures(extra or {})
+        figures += f"  {self.skipped} skipped" if self.skipped else ""
         self.bar.update(self.task, completed=step, figures=figures)
         now = time.monotonic()
         if not self.console.is_terminal and (now >= self.quiet_until or step == self.steps):
             self.quiet_until = now + 10
-            self.say(f"step {step}/{self.steps}  {figures}")
+            left = timedelta(seconds=round((self.steps - step) * tokens / step / tokens_per_s))
+            self.say(f"step {step}/{self.steps}  {figures}  {left} left")
 
     def _write(self, row: tuple) -> None:
         try:
@@ -64,6 +76,34 @@ class Log:
             if not self.broken:
                 self.say(f"cannot write {self.path}: {error}; the run goes on without those rows")
             self.broken = True
+
+
+def reporters(names: tuple[str, ...], out: Path, config: dict) -> Callable[[int, dict], None]:
+    """What takes a step's figures to TensorBoard (files in out/tensorboard) and W&B (project linattn), as far as `names` has them."""
+    writer = run = None
+    if "tensorboard" in names:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(out / "tensorboard"))
+    if "wandb" in names:
+        import wandb
+
+        name = hashlib.blake2b(str(out.resolve()).encode(), digest_size=8).hexdigest()  # a resumed run goes on in the same curves
+        run = wandb.init(project="linattn", name=out.name, id=name, resume="allow", dir=str(out), config=config)
+
+    def report(step: int, values: dict) -> None:
+        if writer:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+        if run:
+            run.log(values, step=step)
+
+    return report
+
+
+def _figures(extra: dict) -> str:
+    mfu, memory = extra.get("mfu"), extra.get("memory_gb")
+    return ("" if mfu is None else f"  MFU {mfu:.1%}") + ("" if memory is None else f"  {memory:.1f} GB")
 
 
 def read(path: Path) -> list[dict]:

@@ -1,5 +1,6 @@
 """The training loop: data, engine, schedule, log and checkpoints meet here and nowhere else."""
 
+import importlib.util
 import json
 import shlex
 import signal
@@ -11,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from . import checkpoint, data, schedule
+from . import checkpoint, data, estimate, memory, schedule
 from .config import Config
 from .ds_config import stage_of
 from .engine import Engine, pick_device
-from .log import Log, read
+from .log import Log, read, reporters
 from .stop import FILE as STOP_FILE
 from .stop import Stop
 from .tasks import TASKS
@@ -53,8 +54,9 @@ def train(config: Config, out: Path, *, resume: str = "auto", command: str | Non
     save = lambda step: _save(out, step, engine)
     step, bad, asked = last.step if last else 0, 0, None
     lines = Log(
-        out / LOG if world.first else None, console, start=step, steps=config.steps, title=config.variant, metric=engine.task.metric
-    )
+        out / LOG if world.first else None, console, start=step, steps=config.steps, title=config.variant, metric=engine.task.metric,
+        report=reporters(config.report if world.first else (), out, asdict(config)),
+    )  # fmt: skip
     with Stop() as stop, lines as log:
         if step == 0:
             log.row(step=0, tokens=0, metric=engine.evaluate())
@@ -89,6 +91,9 @@ def _open(config: Config, out: Path, resume: str, world: World, say) -> tuple[En
         raise ValueError(f"resume must be 'auto' or 'never'; got {resume!r}")
     if config.task not in TASKS:
         raise ValueError(f"task must be one of {list(TASKS)}; got {config.task!r}")
+    for name in config.report:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"report {name!r} needs the package {name}: pip install {name}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder; {out} is a file")
     if config.threads:
@@ -147,8 +152,15 @@ def _step(engine: Engine, config: Config, step: int) -> dict[str, Any]:
     due = step % config.eval_every == 0 or step == config.steps
     return dict(
         step=step, tokens=step * taken, loss=outcome.loss, grad_norm=outcome.grad_norm, lr=lr, tokens_per_s=rate,
-        skipped=int(outcome.skipped), metric=engine.evaluate() if due else "",
+        skipped=int(outcome.skipped), metric=engine.evaluate() if due else "", extra=_extra(engine, rate),
     )  # fmt: skip
+
+
+def _extra(engine: Engine, tokens_per_s: float) -> dict[str, float]:
+    """Memory, and where the peak is known MFU: FLOPs the model needs / (seconds · processes · peak), arXiv:2204.02311, App. B."""
+    best = estimate.peak(engine.device)
+    mfu = {} if best is None else {"mfu": engine.flops_per_token * tokens_per_s / (best * engine.world.size)}
+    return {**mfu, "memory_gb": memory.highest(engine.device) / 1e9}
 
 
 def _save(out: Path, step: int, engine: Engine) -> checkpoint.Checkpoint:

@@ -38,6 +38,11 @@ class Peak:
         self.bytes = (torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _highest()) - self.before
 
 
+def highest(device: torch.device) -> int:
+    """The most this process has had in use so far: on a GPU what torch allocated, else resident memory."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _highest()
+
+
 def held(tree) -> int:
     """Bytes of the tensors in nested tuples and objects: what a state keeps, each storage once, room to grow included."""
     seen: dict[int, int] = {}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import ds_config, optimizer
+from . import ds_config, estimate, optimizer
 from .config import Config
 from .engine import Engine, Outcome, mean
 from .tasks import Task
@@ -56,15 +56,14 @@ class ZeroEngine(Engine):
         deepspeed.init_distributed(auto_mpi_discovery=False)  # it finds the group that `World` has made
         if self.stage == 3:
             with torch.device("meta"), torch.random.fork_rng(devices=()):
-                count = sum(p.numel() for p in task.create().parameters())
-            self.resolved = ds_config.resolve(config, processes=world.size, parameters=count)
-            with deepspeed.zero.Init(config_dict_or_path=self.resolved):
-                model = task.create()
+                bare = task.create()
         else:
-            model = task.create()
-            count = sum(p.numel() for p in model.parameters())
-            self.resolved = ds_config.resolve(config, processes=world.size, parameters=count)
-        self.parameters = count
+            bare = task.create()
+        self.parameters = sum(p.numel() for p in bare.parameters())
+        self.flops_per_token = estimate.flops_per_token(bare, task.tokens_per_row)
+        self.resolved = ds_config.resolve(config, processes=world.size, parameters=self.parameters)
+        with deepspeed.zero.Init(config_dict_or_path=self.resolved, enabled=self.stage == 3):
+            model = task.create() if self.stage == 3 else bare
         if config.context_parallel > 1:
             if not hasattr(model, "shard_sequence"):
                 raise ValueError(f"context_parallel must be 1 for a {type(model).__name__}, which cannot be given part of a sequence")
@@ -73,6 +72,8 @@ class ZeroEngine(Engine):
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=made, config=self.resolved, dist_init_required=False)
         self.engine.checkpoint_engine = _files(self.engine)
         self.model, self.called = self.engine.module, self.engine
+        if config.compile:
+            self.engine.compile()
 
     def step(self, step: int, lr: float) -> Outcome:
         self.engine.train()

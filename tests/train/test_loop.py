@@ -220,11 +220,31 @@ def test_a_log_cut_short_by_a_kill_is_read_up_to_there(config, tmp_path):
         (dict(held_out=1.0), "held_out must lie between 0 and 1"),
         (dict(min_lr=2.0), r"min_lr is a share of lr and must lie in \[0, 1\]"),
         (dict(betas=(0.9,)), "betas must be two numbers"),
+        (dict(report=("telegraph",)), r"report must be of \['tensorboard', 'wandb'\]; got \['telegraph'\]"),
+        (dict(accumulate=3), "batch must be a multiple of accumulate = 3; got 8"),
+        (dict(deepspeed=[]), "deepspeed must be the object of a DeepSpeed configuration"),
     ],
 )
 def test_bad_configs_are_refused(change, said):
     with pytest.raises(ValueError, match=said):
         Config(**change)
+
+
+def test_a_report_that_cannot_be_made_is_said_first(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="report 'wandb' needs the package wandb"):
+        run(replace(config, report=("wandb",)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensorboard_has_what_the_log_has(config, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result, _ = run(replace(config, report=("tensorboard",)), tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([row["loss"] for row in result.rows[1:]])
+    assert len(events.Scalars("bits_per_byte")) == 3
 
 
 @pytest.mark.parametrize(
