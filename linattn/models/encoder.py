@@ -60,6 +60,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "tiny": dict(dim=128, num_layers=4, num_heads=2),
     "small": dict(dim=384, num_layers=8, num_heads=6),
     "base": dict(dim=768, num_layers=12, num_heads=12),  # BERT base, arXiv:1810.04805
+    "molformer": dict(dim=768, num_layers=12, num_heads=12, mlp_ratio=1.0, norm_eps=1e-12),  # arXiv:2106.09553, variant="molformer"
     "large": dict(dim=1024, num_layers=24, num_heads=16),
 }
 
