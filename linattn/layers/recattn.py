@@ -16,7 +16,7 @@ class RecAttention(nn.Module):
     """x [B C H W] → conv(x + up(attention(down(x)))): half-resolution attention, up by the nearest neighbour, 5×5 depthwise around it.
 
     The attention, per head:  o = q (Σ k vᵀ / n) / (q · Σ k / n + 1e-6) + dw3×3(v),  [q; k] = elu(BN(W x)) + 1, v = x;  W is a 1×1
-    convolution in two groups, so that q sees the first half of the channels and k the second. Nothing projects v or the output. Any H and W.
+    convolution in two groups, so that q sees the first half of the channels and k the second. Nothing projects v or the output.
     Its cost is a quarter of that at full resolution. ValueError for heads that do not divide dim, and for an odd dim.
     """
 

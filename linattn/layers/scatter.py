@@ -1,6 +1,6 @@
 """ScatterFormer, arXiv:2401.00912: attention inside windows of any number of points, and sparse convolutions that join the windows."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
