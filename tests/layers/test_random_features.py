@@ -99,7 +99,7 @@ def test_bad_arguments():
 
 
 def test_the_encoder_of_molformer():
-    """Post-norm, feed-forward as wide as the model: 46.8 M of weights in the paper, of which ours ties 1.8 M, the head, to the embedding."""
+    """Post-norm, feed-forward as wide as the model: 46.8 M weights in the paper, of which ours ties 1.8 M, the head, to the embedding."""
     with torch.device("meta"):
         model = Encoder.create("molformer", vocab_size=2362, variant="molformer")
     assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - 45.0) < 0.1
