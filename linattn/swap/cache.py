@@ -45,6 +45,10 @@ class StateLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.room
 
+    def get_max_cache_shape(self) -> int:
+        """Its name in older versions."""
+        return self.get_max_length()
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise ValueError("this layer of the cache holds the state of linear attention; softmax attention needs a cache of its own")
 

@@ -128,8 +128,10 @@ def attention_of(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[tu
         path, parent = path_of(module), parents[name.rpartition(".")[0]] if name else None
         reason = REFUSED.get(path)
         if path in ADAPTERS:
-            reason = ADAPTERS[path].refuse(module)
-            if ADAPTERS[path].call == "torch" and type(parent) is not nn.TransformerEncoderLayer:
+            adapter = adapter_of(module)
+            missing = [part for part in adapter.parts if not hasattr(module, part)]
+            reason = f"it has no {missing[0]}: another version than its adapter was written for" if missing else adapter.refuse(module)
+            if adapter.call == "torch" and type(parent) is not nn.TransformerEncoderLayer:
                 reason = "torch.nn.MultiheadAttention is swapped inside torch.nn.TransformerEncoderLayer only"
             if reason is None:
                 found.append((name, module))

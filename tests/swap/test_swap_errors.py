@@ -87,6 +87,15 @@ def test_models_without_known_attention():
     unchanged(nn.Sequential(LlamaAttention(2, 2)), "there is no adapter for .*LlamaAttention; linattn.swap.register_adapter takes one")
 
 
+def test_a_class_that_was_changed_since_its_adapter_was_written():
+    model = CAUSAL["llama"]()
+    del model.model.layers[1].self_attn.v_proj
+    modules = dict(model.named_modules())
+    with pytest.raises(ValueError, match=r"layers.1.self_attn \(LlamaAttention\) cannot be swapped: it has no v_proj: another version"):
+        linattn.swap_attention(model, "linear")
+    assert dict(model.named_modules()) == modules
+
+
 def test_cross_attention_is_kept_or_an_error():
     model = build(
         "GPT2LMHeadModel", "GPT2Config", **NONE, vocab_size=50, n_embd=32, n_layer=1, n_head=4, add_cross_attention=True, attn_pdrop=0.0
