@@ -37,7 +37,7 @@ class Steps:
     lora: int = 0
 
 
-TEXT, IMAGES = Steps(teacher=500, transfer=120, distill=500, lora=50), Steps(teacher=700, transfer=80, distill=300)
+TEXT, IMAGES = Steps(teacher=500, transfer=120, distill=500, lora=50), Steps(teacher=900, transfer=60, distill=250)
 STUDENTS: dict[str, dict[str, Any]] = {  # name: what swap_attention is told; softmax: how many layers keep it, by KL importance
     "pure": dict(variant="hedgehog"),
     "pure, gated": dict(variant="gla"),
@@ -143,7 +143,7 @@ def images(say: Say, quick: bool) -> dict[str, Any]:
     pixels = (pixels.float().view(-1, 1, 28, 28) / 255 - 0.13) / 0.31
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     seen, held = order[:4000], order[4000:]
-    steps, rows_each = (Steps(teacher=4, transfer=2, distill=2), 16) if quick else (IMAGES, 64)
+    steps, rows_each = (Steps(teacher=4, transfer=2, distill=2), 16) if quick else (IMAGES, 32)
 
     def batches(seed: int, told: bool = False) -> linearise.Batches:
         def batch(step: int) -> linearise.Batch:
@@ -163,7 +163,7 @@ def images(say: Say, quick: bool) -> dict[str, Any]:
 
     teacher = ViTForImageClassification(
         ViTConfig(
-            image_size=28, patch_size=4, num_channels=1, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+            image_size=28, patch_size=4, num_channels=1, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
             num_labels=10,
         )
     )  # fmt: skip
