@@ -21,6 +21,7 @@ from linattn.train import data, memory
 
 from . import machine
 
+STAGES = ("swap", "transfer", "keep", "distill", "lora")
 PARTS = ("text", "images", "cost")
 CONTEXT, ROWS, WINDOWS = 256, 8, 48
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -260,7 +261,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
             teacher, *rows = record[part]["rows"]
             for student in dict.fromkeys(row["student"] for row in rows):
                 own = [row for row in rows if row["student"] == student]
-                place.plot([row["stage"] for row in own], [row["value"] for row in own], marker="o", label=student)
+                place.plot([STAGES.index(row["stage"]) for row in own], [row["value"] for row in own], marker="o", label=student)
+            place.set_xticks(range(len(STAGES)), STAGES)
             place.axhline(teacher["value"], color="0.4", linestyle="--", label="teacher")
             place.set(title=f"{part}: {record[part]['metric']}")
             place.legend(frameon=False, fontsize=8)
