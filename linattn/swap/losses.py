@@ -20,6 +20,23 @@ def relative(h: Tensor, wanted: Tensor) -> Tensor:
     return (h.float() - wanted.float()).square().sum() / wanted.float().square().sum().clamp_min(1e-12)
 
 
+def activation_matching(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over tokens i of 1 − <A_i, A'_i>,  A_ij = cos(f_i, f_j), rows of length 1; features [B L D] and [B L D'] of any two widths.
+
+    Exact, and no [L L] is formed where L exceeds the widths: with f of length 1, <A_i, A'_i> = f_i (Σ_j f_j f'_jᵀ) f'_iᵀ and |A_i|² =
+    f_i (Σ_j f_j f_jᵀ) f_iᵀ, so that time and memory are linear in L. float32, since small angles are what is compared.
+    """
+    if student.ndim != 3 or student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(
+            f"student and teacher must be [B L D] and [B L D'] of the same tokens; got {tuple(student.shape)}, {tuple(teacher.shape)}"
+        )
+    s, t = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
+    if student.shape[1] <= max(s.shape[-1], t.shape[-1]):
+        return 1 - (F.normalize(s @ s.mT, dim=-1) * F.normalize(t @ t.mT, dim=-1)).sum(-1).mean()
+    along = lambda x, y: ((x @ (x.mT @ y)) * y).sum(-1)  # <x_i xᵀ, y_i yᵀ> for each i
+    return 1 - (along(s, t) / (along(s, s) * along(t, t)).sqrt()).mean()  # |A_i| is at least 1: f_i · f_i
+
+
 def vit_linearizer(student: Sequence[Tensor], teacher: Sequence[Tensor], masked: Tensor) -> tuple[Tensor, Tensor]:
     """Activation matching and masked prediction, arXiv:2504.00037, from the patch tokens [B L D] after each stage of both.
 
@@ -30,10 +47,6 @@ def vit_linearizer(student: Sequence[Tensor], teacher: Sequence[Tensor], masked:
     first, not for the second.
     """
     visible = (~masked).nonzero()[:, 1].view(masked.shape[0], -1)
-
-    def dependencies(f: Tensor) -> Tensor:
-        seen = F.normalize(f.float().gather(1, visible[..., None].expand(-1, -1, f.shape[-1])), dim=-1)
-        return F.normalize(seen @ seen.mT, dim=-1)
-
-    matching = [1 - (dependencies(s) * dependencies(t)).sum(-1).mean() for s, t in zip(student, teacher)]
+    seen = lambda f: f.gather(1, visible[..., None].expand(-1, -1, f.shape[-1]))
+    matching = [activation_matching(seen(s), seen(t)) for s, t in zip(student, teacher)]
     return torch.stack(matching).mean(), F.smooth_l1_loss(student[-1][masked].float(), teacher[-1][masked].float())

@@ -11,7 +11,7 @@ from linattn.swap import linearise
 pytest.importorskip("transformers")
 from swap_hosts import CAUSAL, IMAGE, build
 
-from linattn.swap.losses import vit_linearizer
+from linattn.swap.losses import activation_matching, vit_linearizer
 
 
 def batches(step, labels=False):
@@ -114,6 +114,22 @@ def test_the_losses_of_vit_linearizer():
     b = torch.nn.functional.cosine_similarity(f[0, :5, None], f[0, None, :5], dim=-1)
     wanted = 1 - torch.nn.functional.cosine_similarity(a, b, dim=-1).mean()
     torch.testing.assert_close(vit_linearizer([other[:1]], [f[:1]], masked[:1])[0], wanted)
+
+
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_activations_are_matched_without_the_map_of_all_pairs(tokens):
+    student, teacher = torch.randn(2, tokens, 6, requires_grad=True), torch.randn(2, tokens, 8)
+
+    def row(f, b, i):
+        a = torch.stack([torch.nn.functional.cosine_similarity(f[b, i], f[b, j], dim=0) for j in range(tokens)])
+        return a / a.norm()
+
+    wanted = sum(1 - row(student, b, i) @ row(teacher, b, i) for b in range(2) for i in range(tokens)) / (2 * tokens)
+    got = activation_matching(student, teacher)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (got, wanted)), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="of the same tokens"):
+        activation_matching(student[:, 1:], teacher)
 
 
 def test_importance_is_what_keeping_a_layer_gains():
