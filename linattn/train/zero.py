@@ -113,6 +113,7 @@ class ZeroEngine(Engine):
         if universal:
             tag = "converted"
             _all_or_none(self.world, lambda: _convert(folder / FOLDER, beside / tag), only_first=True)
+        ours = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         self.engine._config.load_universal_checkpoint = universal
         try:
             found, _ = self.engine.load_checkpoint(str(beside if universal else folder), tag=tag, load_lr_scheduler_states=False)
@@ -121,8 +122,18 @@ class ZeroEngine(Engine):
             self.world.barrier()
             if universal and self.world.first:
                 shutil.rmtree(beside, ignore_errors=True)
+        # DeepSpeed 0.19.8 gives all groups the first one's weight decay, and at stage 3 all of them one and the same step counter
+        for group, settings in zip(self.optimizer.param_groups, ours, strict=True):
+            group.update(settings)
+        for state in self._adam().state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
         if found is None:
             raise ValueError(f"{folder} holds nothing that DeepSpeed can go on from")
+
+    def _adam(self) -> torch.optim.Optimizer:
+        """torch's optimizer, inside DeepSpeed's or by itself."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _clipped(self) -> float:
         """Norm of the averaged gradients; they are clipped to `config.clip`, or dropped if it is not finite: None is not stepped on."""

@@ -110,15 +110,21 @@ def test_a_sequence_on_two_processes_trains_as_on_one(text, tmp_path):
 @pytest.mark.parametrize("stage", range(4))
 def test_every_stage_resumes_bit_for_bit_twice(text, tmp_path, stage, precision, processes):
     out = tmp_path / "run"
-    launch = command(processes, *arguments(text, out, "--zero", stage, "--precision", precision, steps=9, save_every=3))
+    out.mkdir()
+    config = Config(
+        data=(str(text),), overrides=dict(dim=32, num_layers=2), held_out=0.2, context=32, batch=4, warmup=2, lr=1e-2, device="cpu",
+        steps=9, save_every=3, eval_every=3, keep=9, zero=stage, precision=precision,
+    )  # fmt: skip
+    config.save(out / "run.json")
+    launch = command(processes, "train", "--out", out)
     code, said = finish(launch)
     assert code == 0, said
     before = losses(out)
-    for last in (9, 6):
-        for checkpoint in sorted(out.glob("step-*"))[-1 if last == 9 else -2 :]:
-            shutil.rmtree(checkpoint)
+    for lost in (("6", "9"), ("9",)):  # the second time it goes on from what the first resumed run has saved
+        for step in lost:
+            shutil.rmtree(out / f"step-0000000{step}")
         code, said = finish(launch)
-        assert code == 0 and "going on from" in said, said
+        assert code == 0 and f"going on from {out}" in said, said
         assert losses(out) == before
 
 
