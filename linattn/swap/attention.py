@@ -42,7 +42,7 @@ class SwappedAttention(nn.Module):
     """Linear attention with a host's own projections.
 
     Its parameters are the host's under the host's names, the mixer's under `mixer.`, with a window `mix` [HQ], the logarithm of what the
-    linear part counts beside the softmax, and for a variant that is not normalised `norm.` over each head's output.
+    linear part counts beside the softmax, and for a variant that is not normalised `norm_out.` over each head's output.
 
     mode     "linear"; "softmax": the host itself answers; "transfer": the host answers y', and `self.error` becomes Σ (y − y')² / Σ y'²
              of what this module would have said, with its gradient
@@ -67,6 +67,8 @@ class SwappedAttention(nn.Module):
         dim = h.keys * h.width if self.reads_keys else h.dim
         normalized = bool(variant.normalize)
         inner = replace(variant, multi_value=False)
+        if how.window and variant.offset:
+            raise ValueError(f"window={how.window} needs a variant without offset, which has no place in a sum with a softmax")
         if how.window:  # numerator and denominator apart: one sum of both parts is divided at the end
             inner = replace(inner, normalize=False, scale=1.0)
         reference = next(p for p in host.parameters() if p.is_floating_point())

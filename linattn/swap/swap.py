@@ -191,7 +191,6 @@ def _made(name: str, host: nn.Module, adapter: Adapter, how: How, place: tuple[i
     if how.window and not adapter.causal(host):
         raise ValueError(f"window={how.window}: {name} ({type(host).__name__}) sees both sides; a window is of the tokens before")
     try:
-        random = torch.get_rng_state()
         new = CALLS[adapter.call](host, adapter, how, place)
         if p.device.type != "meta":
             h, mixer = new.heads, new.mixer
@@ -201,7 +200,6 @@ def _made(name: str, host: nn.Module, adapter: Adapter, how: How, place: tuple[i
                 mixer(x, zeros(h.queries, h.width), zeros(h.keys, h.width), zeros(h.keys, h.width))
         return new
     except ValueError as error:
-        torch.set_rng_state(random)
         raise ValueError(f"{name} ({type(host).__name__}): {error}") from error
 
 

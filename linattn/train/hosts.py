@@ -25,7 +25,8 @@ class HostTokenizer:
 
     def encode(self, documents: list[bytes]) -> list[Tensor]:
         texts = [text.decode(errors="replace") for text in documents]
-        return [torch.tensor(ids, dtype=torch.int32) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+        ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return [torch.tensor(each, dtype=torch.int32) for each in ids]
 
 
 class Host:

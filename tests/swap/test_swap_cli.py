@@ -64,6 +64,32 @@ def test_a_run_that_was_cut_off_goes_on(folder, monkeypatch):
     assert all(torch.equal(whole[name], parted[name]) for name in whole)
 
 
+def test_a_tokenizer_of_transformers(folder):
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    from linattn.train.hosts import Host
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<eos>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator([(folder / "text.txt").read_text()], trainer)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>").save_pretrained(folder / "model")
+    arguments = (folder / "model", (str(folder / "text.txt"),))
+    with pytest.raises(ValueError, match="has 257 tokens, and its text token"):
+        Host(*arguments, context=16, rows=2, seed=0, device="cpu")
+    model = build("LlamaForCausalLM", "LlamaConfig", **LLAMA | dict(vocab_size=280))
+    model.save_pretrained(folder / "model")
+    host = Host(*arguments, context=16, rows=2, seed=0, device="cpu")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every token equally likely: log2(280) bits each, and a token is several bytes
+    text = (folder / "text.txt").read_text()
+    bytes_per_token = len(text) / len(bpe.encode(text).ids)
+    assert host.bits_per_byte(model) == pytest.approx(8.129 / bytes_per_token, rel=0.1)
+    with torch.no_grad():
+        assert host.load()(**host.batch(0)).logits.shape == (2, 16, 280)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
