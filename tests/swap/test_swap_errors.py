@@ -43,6 +43,7 @@ def unchanged(model, message, variant="linear", **how):
         (dict(on_unsupported="skip"), r"on_unsupported must be one of \['raise', 'keep'\]; got 'skip'"),
         (dict(window=-1), "window must be a number of tokens, at least 0; got -1"),
         (dict(window=4, init="random"), "window needs init='from_softmax'"),
+        (dict(variant=Variant(source="", feature="relu", normalize=True, offset=1.0), window=4), "window=4 needs a variant without offset"),
         (dict(variant="kda"), r"model.layers.0.self_attn \(LlamaAttention\): init='from_softmax' needs .* the delta rule cannot"),
         (dict(variant="mamba2"), "one key for all heads cannot: init='random'"),
         (dict(causal=False), r"model.layers.0.self_attn \(LlamaAttention\) is causal; it cannot take bidirectional attention"),

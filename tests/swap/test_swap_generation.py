@@ -46,6 +46,18 @@ def test_generating_is_calling_again_and_again(way):
     assert torch.equal(padded[:1, 5:], short) and torch.equal(padded[1:], wanted[1:])
 
 
+@pytest.mark.parametrize("variant", linattn.VARIANTS)
+def test_every_variant_generates_or_says_why_not(variant):
+    model = CAUSAL["llama"]()
+    ids = inputs(model)["input_ids"]
+    if variant == "ecoformer":
+        with pytest.raises(ValueError, match="one hash per head"):  # of keys and queries alike, which grouped heads have not
+            linattn.swap_attention(model, variant, init="random")
+        return
+    linattn.swap_attention(model, variant, init="random")
+    assert torch.equal(generate(model, ids), generate(model, ids, use_cache=False))
+
+
 @pytest.mark.parametrize("way", ["gla and a window", "hybrid"])
 def test_beams(way):
     """Beam search reorders the cache: without a cache it must find the same."""
