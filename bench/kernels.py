@@ -25,6 +25,7 @@ MATRIX = {
     "sm_100": r"\btcgen05\.mma|\bmma\.sync",
     "gfx942": r"\bv_mfma",
 }
+TOO_OLD = "Unsupported .version"  # how an assembler says it
 WITHOUT_MATRIX = ("seg_scan", "seg_sum", "row_factors", "short_gates", "step")
 FORMS = {  # name → decay, delta, causal, normalize: the heaviest call of each kind of row, and the ones without decay
     "scalar": ("scalar", False, True, "none"),
@@ -79,7 +80,7 @@ class Launch:
 
     @property
     def flops(self) -> float:
-        """Of the matrix products, per token and head, as the kernels' sources have them; those of channel decays and `wy` are not counted."""
+        """Of the matrix products, per token and head, as the sources have them; those of channel decays and `wy` are not counted."""
         x = self.arguments.get
         name, K, V, C, D = self.kernel.__name__, x("K", 0), x("V", 0), x("C", 0), 2 if x("BOTH") else 1
         again = -(-V // x("BV", 1))  # tiles of V, each of which forms the scores
@@ -186,7 +187,7 @@ def compiled(launch: Launch, arch: str):
 
 
 def assemblers(arch: str) -> list[Path | None]:
-    """The assemblers that Triton ships for `arch`; its own choice first."""
+    """The assemblers that Triton ships for `arch`."""
     import triton
 
     if arch.startswith("gfx"):
@@ -210,8 +211,9 @@ def examine(launch: Launch, arch: str, form: str, width: int) -> Iterator[Row]:
     warps = options.get("num_warps", 4)
     facts |= {"shared": binary.metadata.shared, "matrix": len(re.findall(MATRIX[arch], text)), "traps": len(re.findall(r"\btrap;", text))}
     facts["copies"] = len(re.findall(r"cp\.async\.c[ag]|cp\.async\.bulk|global_load_lds|buffer_load\w* .* lds", text))
-    for assembler in assemblers(arch):
-        registers, spills, error = _amd(text) if assembler is None else _assemble(assembler, text)
+    done = [(assembler, *(_amd(text) if assembler is None else _assemble(assembler, text))) for assembler in assemblers(arch)]
+    able = [one for one in done if TOO_OLD not in one[3]]  # Triton takes the newer one where the older cannot read what it writes
+    for assembler, registers, spills, error in able or done:
         found = facts | {"registers": registers, "spills": spills, "error": error, "assembler": assembler.name if assembler else "llvm"}
         if not arch.startswith("gfx"):
             by_registers = 65536 // max(1, (registers + 7) // 8 * 8 * warps * 32)
@@ -229,7 +231,7 @@ def _assemble(assembler: Path, ptx: str) -> tuple[int, int, str]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     registers, spills = re.search(r"Used (\d+) registers", done.stderr), re.search(r"(\d+) bytes spill stores", done.stderr)
     if done.returncode or not registers or not spills:
-        return 0, 0, done.stderr.strip()[-200:]
+        return 0, 0, TOO_OLD if TOO_OLD in done.stderr else done.stderr.strip()[-200:]
     return int(registers[1]), int(spills[1]), ""
 
 

@@ -294,6 +294,22 @@ def info() -> None:
     Console().print(table, highlight=False)
 
 
+@app.command("warmup")
+def warm_up(
+    width: Annotated[list[int] | None, typer.Option(help="K = V of a head; repeatable.", show_default="64 and 128")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+) -> None:
+    """Compile the Triton kernels of the usual calls into Triton's cache, on the GPU at hand, so that nothing later waits for a compiler."""
+    import torch
+
+    from .ops.triton.warmup import warmup
+
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if dtype not in dtypes:
+        raise ValueError(f"dtype must be one of {list(dtypes)}; got {dtype!r}")
+    warmup(widths=tuple(width or (64, 128)), dtype=dtypes[dtype])
+
+
 @app.command()
 def build() -> None:
     """Compile the C++ kernels for the torch that is installed."""

@@ -88,6 +88,7 @@ def test_help_names_every_preset_and_variant():
         (["bench", "--lengths", "1,2"], "lengths must be at least 2; got 1"),
         (["bench", "--lengths", "many"], "lengths must be whole numbers with commas between; got 'many'"),
         (["bench", "--variant", "mha"], "variant must be one of"),
+        (["warmup", "--dtype", "int8"], "dtype must be one of ['bfloat16', 'float32']; got 'int8'"),
     ],
 )
 def test_errors_are_one_line(args, said, tmp_path, text):
