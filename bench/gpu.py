@@ -1,7 +1,8 @@
-"""The operator on a GPU: every form correct first, then timed beside fla, softmax attention, its flipped twin and a copy of its bytes.
+"""The operator on a GPU: every row correct first, then timed beside fla, softmax attention, its flipped twin and a copy of its bytes.
 
 `python -m bench.gpu` needs torch, Triton and linattn alone. Inputs rotate, the second-level cache is flushed before every call, times
 are medians of CUDA events, and what fails its check is not timed. What cannot run (no fla, a shape a peer refuses) is a row that says why.
+`--rehearse` goes through all of it on a CPU, at tiny sizes in Triton's interpreter: what it writes are no measurements.
 """
 
 import argparse
@@ -12,318 +13,176 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 import linattn
 
 from . import machine
-from .records import RESULTS, Cell, Check, Record, Row, spread
+from .gpu_peers import CALLS, FORMS, GPU, REHEARSAL, Stage, copy_of, floor_bytes, inputs, ours, peers, run_of
+from .gpu_report import checks, markdown
+from .records import RESULTS, Record, Row, spread
 
-FLUSH = 256 << 20  # bytes written between calls: several second-level caches
-SECONDS = 0.4  # per side
 CORRECT = 1e-2  # relative error of outputs and gradients in bfloat16
 METHOD = (
-    "correctness before speed: outputs and gradients against eager in float32, the same bits twice; a red form is not timed",
+    "correctness before speed, on the row's own shape: outputs and gradients against eager in float32, same bits twice; red is not timed",
     "median of CUDA events, inputs rotate, 256 MiB written before every call",
     "copy: a device copy that reads and writes as many bytes as the call has to",
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    decay: str
-    delta: bool = False
-    causal: bool = True
-    normalize: bool = False
+class Watch:
+    """A CUDA event's part in a rehearsal."""
 
-    @property
-    def options(self) -> dict:
-        gating = "target" if not self.causal and self.decay in ("scalar", "channel") else None
-        return {"causal": self.causal, "gating": gating, "normalize": self.normalize, "check_values": False}
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: "Watch") -> float:
+        return 1e3 * (end.at - self.at)
 
 
-FORMS = {
-    "scalar": Form(decay="scalar"),
-    "none": Form(decay="none"),
-    "head": Form(decay="head"),
-    "channel": Form(decay="channel"),
-    "delta": Form(decay="scalar", delta=True),
-    "bidirectional none": Form(decay="none", causal=False, normalize=True),
-    "bidirectional scalar": Form(decay="scalar", causal=False),
-}
-LONG = [(1, 32768, 16, D) for D in (64, 128)] + [(4, 32768, 16, D) for D in (64, 128)] + [(1, 131072, 16, D) for D in (64, 128)]
-VISION = [(65536 // T, T, 16, 64) for T in (197, 1024, 4096)]
-CROSSING = [(32768 // T, T, 16, D) for T, D in ((768, 64), (1024, 128))]
-CALLS = ("forward", "forward+backward")
-
-
-def inputs(form: Form, B: int, T: int, H: int, D: int, dtype=torch.bfloat16, seed: int = 0) -> list[Tensor | None]:
-    """q, k, v, log_decay, beta, do."""
-    draw = torch.Generator("cuda").manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=draw, device="cuda")
-    q, k = (F.normalize(normal(B, T, H, D), dim=-1) for _ in range(2))
-    if form.normalize:
-        q, k = q.abs(), k.abs()
-    decays = {
-        "none": lambda: None,
-        "head": lambda: torch.log1p(-(2.0 ** (-5 - torch.arange(H, device="cuda", dtype=torch.float32)))),
-        "scalar": lambda: F.logsigmoid(normal(B, T, H)) / 16,
-        "channel": lambda: F.logsigmoid(normal(B, T, H, D)) / 16,
-    }
-    beta = torch.sigmoid(normal(B, T, H)) if form.delta else None
-    return [q.to(dtype), k.to(dtype), normal(B, T, H, D).to(dtype), decays[form.decay](), beta, normal(B, T, H, D).to(dtype)]
-
-
-def ours(form: Form, backend: str = "triton") -> Callable[..., Tensor]:
-    return lambda q, k, v, g, b: linattn.linear_attention(q, k, v, g, b, **form.options, backend=backend)[0]
-
-
-def flipped(causal: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Both sides by a causal kernel on the sequence and on its flip."""
-
-    def both(q, k, v, g, b):
-        turned = [None if x is None else x.flip(1) if x.ndim > 1 else x for x in (q, k, v, g, b)]
-        return causal(q, k, v, g, b) + causal(*turned).flip(1)
-
-    return both
-
-
-def fla(form: Form) -> Callable[..., Tensor]:
-    """fla's kernel for the form; bidirectional forms by its causal kernel, flipped. Raises what fla raises."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-    from fla.ops.gla import chunk_gla
-    from fla.ops.simple_gla import chunk_simple_gla
-
-    if form.delta:
-        return lambda q, k, v, g, b: chunk_gated_delta_rule(q, k, v, g, b)[0]
-    if form.decay == "channel":
-        return lambda q, k, v, g, b: chunk_gla(q, k, v, g)[0]
-    if form.decay == "head":
-        simple = lambda q, k, v, g, b: chunk_simple_gla(q, k, v, g_gamma=g)[0]
-    else:
-        simple = lambda q, k, v, g, b: chunk_simple_gla(q, k, v, g)[0]
-    return simple if form.causal else flipped(simple)
-
-
-def softmax(backend: str, causal: bool) -> Callable[..., Tensor]:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def run(q, k, v, g, b):
-        with sdpa_kernel(SDPBackend[backend]):
-            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal).transpose(1, 2)
-
-    return run
-
-
-def floor_bytes(form: Form, call: str, B: int, T: int, H: int, D: int) -> int:
-    """Every input read once, every output written once: forward 4 rows, backward 7 more, and the gates."""
-    gate = {"none": 0, "head": 0, "scalar": 4, "channel": 4 * D}[form.decay] + 4 * form.delta
-    rows = 2 * D
-    return B * T * H * ((4 * rows + gate) + (call != "forward") * (7 * rows + 2 * gate))
-
-
-def run_of(f: Callable[..., Tensor], call: str, sets: list[list]) -> list[Callable[[], object]]:
-    """The call on each set of inputs."""
-
-    def one(tensors, do):
-        if call == "forward":
-            return lambda: f(*tensors)
-        leaves = [x if x is None else x.detach().requires_grad_() for x in tensors]
-        wanted = [x for x in leaves if x is not None]
-        return lambda: torch.autograd.grad(f(*leaves), wanted, do, allow_unused=True)
-
-    return [one(tensors, do) for *tensors, do in sets]
-
-
-def measure(calls: list[Callable[[], object]]) -> list[float]:
+def measure(stage: Stage, calls: list[Callable[[], object]]) -> list[float]:
     """Milliseconds per call."""
-    flush = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+    flush = torch.empty(stage.flush, dtype=torch.int8, device=stage.device)
     for call in calls:
         call()
-    torch.cuda.synchronize()
+    stage.wait()
     begin = time.perf_counter()
     calls[0]()
-    torch.cuda.synchronize()
+    stage.wait()
     cost = time.perf_counter() - begin
     events = []
-    for i in range(min(200, max(5, int(SECONDS / max(cost, 1e-4))))):
+    for i in range(min(200, max(5 if stage.seconds else 1, int(stage.seconds / max(cost, 1e-4))))):
         flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) if stage.device == "cuda" else Watch() for _ in range(2))
         start.record()
         calls[i % len(calls)]()
         end.record()
         events.append((start, end))
-    torch.cuda.synchronize()
+    stage.wait()
     return [start.elapsed_time(end) for start, end in events]
 
 
-def copy_of(size: int) -> list[Callable[[], object]]:
-    """Reads and writes of `size` bytes in all."""
-    source, into = torch.empty(2, size // 2, dtype=torch.int8, device="cuda").unbind()
-    return [lambda: into.copy_(source)]
-
-
-def correct(name: str, D: int) -> str | None:
-    """What is wrong with a form at width D, or None."""
+def correct(stage: Stage, name: str, shape: tuple[int, ...]) -> str | None:
+    """What is wrong with a form at a shape, or None."""
     form = FORMS[name]
-    *tensors, do = inputs(form, 2, 1000, 4, D)
-    leaves = lambda cast: [x if x is None else cast(x).detach().requires_grad_() for x in tensors]
+    *tensors, do = inputs(stage, form, *shape)
     results = []
     for backend, cast in (("triton", lambda x: x), ("triton", lambda x: x), ("eager", lambda x: x.float())):
-        xs = leaves(cast)
+        xs = [x if x is None else cast(x).detach().requires_grad_() for x in tensors]
         o = ours(form, backend)(*xs)
-        grads = torch.autograd.grad(o, [x for x in xs if x is not None], do.to(o.dtype))
-        results.append([o.detach(), *grads])
+        results.append([o.detach(), *torch.autograd.grad(o, [x for x in xs if x is not None], do.to(o.dtype))])
+        del o, xs
     mine, again, gold = results
     if any(not torch.equal(a, b) for a, b in zip(mine, again, strict=True)):
         return "two runs differ in their bits"
-    for i, (a, b) in enumerate(zip(mine, gold, strict=True)):
+    given = [part for part, x in zip(("dq", "dk", "dv", "dlog_decay", "dbeta"), tensors, strict=True) if x is not None]
+    for part, a, b in zip(("o", *given), mine, gold, strict=True):
         # a head's gate is one sum of terms that cancel: its error is judged by the size of the terms
         size = b.float().norm() if b.ndim > 1 else gold[0].float().norm()
         error = ((a.float() - b.float()).norm() / size).item()
         if not error < CORRECT:
-            return f"relative error {error:.2g} in {('o', 'dq', 'dk', 'dv', 'dlog_decay', 'dbeta')[i]}"
+            return f"relative error {error:.2g} in {part}"
     return None
 
 
-def peers(name: str, shape: tuple) -> dict[str, Callable[[], Callable[..., Tensor]]]:
-    form, T = FORMS[name], shape[1]
-    found = {"triton": lambda: ours(form), "fla": lambda: fla(form)}
-    if not form.causal:
-        found["flipped twice"] = lambda: flipped(ours(Form(decay=form.decay)))
-    if T <= 32768 and name in ("scalar", "bidirectional none"):
-        found |= {backend: lambda backend=backend: softmax(backend, form.causal) for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION")}
-    return found
+def facts_of(stage: Stage, name: str, shape: tuple, call: str) -> dict:
+    B, T, H, D = shape
+    dtype = str(stage.dtype).removeprefix("torch.")
+    return {"form": name, "call": call, "B": B, "T": T, "H": H, "K": D, "V": D, "dtype": dtype, "threads": 0}
 
 
-def time_case(name: str, shape: tuple, call: str, red: str | None) -> list[Row]:
-    form, (B, T, H, D) = FORMS[name], shape
-    facts = {"form": name, "call": call, "B": B, "T": T, "H": H, "K": D, "V": D, "dtype": "bfloat16", "threads": 0}
-    sets = [inputs(form, *shape, seed=i) for i in range(2)]
+def in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:160]}"
+
+
+def time_case(stage: Stage, name: str, shape: tuple, call: str, red: str | None) -> list[Row]:
+    form, facts = FORMS[name], facts_of(stage, name, shape, call)
+    sets = [inputs(stage, form, *shape, seed=i) for i in range(2)]
     rows = []
     for peer, make in peers(name, shape).items():
         if peer == "triton" and red:
             rows.append(Row(peer=peer, **facts, skipped=red))
             continue
         try:
-            rows.append(Row(peer=peer, **facts, **spread(measure(run_of(make(), call, sets)))))
+            rows.append(Row(peer=peer, **facts, **spread(measure(stage, run_of(make(), call, sets)))))
         except Exception as error:  # a peer's refusal, of whatever kind, is the row
-            rows.append(Row(peer=peer, **facts, skipped=f"{type(error).__name__}: {str(error)[:160]}"))
+            rows.append(Row(peer=peer, **facts, skipped=in_words(error)))
         torch.cuda.empty_cache()
-    rows.append(Row(peer="copy", **facts, **spread(measure(copy_of(floor_bytes(form, call, *shape))))))
+    rows.append(Row(peer="copy", **facts, **spread(measure(stage, copy_of(stage, floor_bytes(form, call, *shape))))))
     return rows
 
 
 FIRST = """
-import time, torch, linattn
-q, k, v = torch.randn(3, 1, 4096, 16, 64, device="cuda", dtype=torch.bfloat16).requires_grad_().unbind()
-g = torch.nn.functional.logsigmoid(torch.randn(1, 4096, 16, device="cuda"))
-torch.cuda.synchronize(); begin = time.perf_counter()
+import sys, time, torch, linattn
+if sys.argv[1] == "cpu":
+    from bench.interpreter import widen_bfloat16
+    widen_bfloat16()
+device, T, H, D, dtype = sys.argv[1], *map(int, sys.argv[2:5]), getattr(torch, sys.argv[5])
+q, k, v = torch.randn(3, 1, T, H, D, device=device, dtype=dtype).requires_grad_().unbind()
+g = torch.nn.functional.logsigmoid(torch.randn(1, T, H, device=device))
+wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+wait(); begin = time.perf_counter()
 linattn.linear_attention(q, k, v, g, backend="triton", check_values=False)[0].sum().backward()
-torch.cuda.synchronize(); print(time.perf_counter() - begin)
+wait(); print(time.perf_counter() - begin)
 """
 
 
-def first_calls() -> dict[str, float]:
+def first_calls(stage: Stage, told: Callable[[str], None]) -> dict[str, float]:
     """Seconds of a process's first forward and backward: with an empty cache of kernels, and with a full one."""
+    _, T, H, D = stage.long[0]
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(machine.ROOT)}
-        command = [sys.executable, "-c", FIRST]
+        words = [stage.device, min(T, 4096), H, D, str(stage.dtype).removeprefix("torch.")]
+        command = [sys.executable, "-c", FIRST, *map(str, words)]
         once = lambda: float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-        return {"cold": once(), "warm": once()}
+        try:
+            return {"cold": once(), "warm": once()}
+        except subprocess.CalledProcessError as error:  # what else was measured is not lost for it
+            told(f"first call: {error.stderr[-500:]}")
+            return {}
 
 
-def checks(rows: list[Row], first: dict[str, float]) -> list[Check]:
-    """The promises, as ratios within this run."""
-    at = {(r.peer, r.form, r.call, r.B, r.T, r.K): r.p50 for r in rows}
-    found = []
-
-    def promise(text, form, call, shapes, over, relation, target):
-        """over: the peer divided by us ('>=') or we by it ('<=')."""
-        cells, missing = [], []
-        for B, T, _, D in shapes:
-            mine, its = at.get(("triton", form, call, B, T, D)), at.get((over, form, call, B, T, D))
-            where = f"{form} {call} B{B} T{T} D{D}"
-            if mine is None or its is None:
-                missing.append(f"{where}: {'triton' if mine is None else over} was not timed")
-            else:
-                cells.append(Cell(where, its / mine if relation == ">=" else mine / its))
-        found.append(Check(promise=text, form=form, relation=relation, target=target, cells=tuple(cells), missing=tuple(missing)))
-
-    long = LONG[:2]
-    promise("forward over the bytes' floor", "scalar", "forward", long, "copy", "<=", 2.3)
-    promise("faster than fla", "scalar", "forward", long, "fla", ">=", 2.5)
-    promise("forward+backward over the floor", "scalar", "forward+backward", long, "copy", "<=", 3.6)
-    promise("faster than fla", "scalar", "forward+backward", long, "fla", ">=", 2.5)
-    promise("forward over the floor, D=64", "bidirectional scalar", "forward", long[:1], "copy", "<=", 2.6)
-    promise("forward over the floor, D=128", "bidirectional scalar", "forward", long[1:], "copy", "<=", 3.3)
-    promise("faster than fla flipped twice", "bidirectional scalar", "forward", long, "fla", ">=", 4.0)
-    promise("forward over the floor", "bidirectional none", "forward", long, "copy", "<=", 1.3)
-    promise("faster than flash attention", "bidirectional none", "forward", CROSSING, "FLASH_ATTENTION", ">=", 1.0)
-    promise("no slower than flash attention", "bidirectional none", "forward+backward", VISION[:1], "FLASH_ATTENTION", ">=", 1.0)
-    for name, limit in (("warm", 0.5), ("cold", 10.0)):
-        cells = (Cell(f"{name} cache", first[name]),) if name in first else ()
-        found.append(Check(promise="first call", form=f"{name} cache", relation="<=", target=limit, unit="s", cells=cells))
-    return found
+def card_of(stage: Stage) -> dict:
+    if stage.device == "cpu":
+        return {"gpu": "none: a rehearsal in Triton's interpreter"}
+    card = torch.cuda.get_device_properties()
+    return {"gpu": card.name, "multiprocessors": card.multi_processor_count, "memory_gib": round(card.total_memory / 2**30, 1)}
 
 
-def markdown(record: Record) -> str:
-    lines = [f"# {record.name}", "", f"`{record.command}`", "", str(record.machine), "", str(record.versions), ""]
-    lines += ["| form | call | B | T | D | peer | median ms | of the copy |", "|---|---|---|---|---|---|---|---|"]
-    copies = {(r.form, r.call, r.B, r.T, r.K): r.p50 for r in record.rows if r.peer == "copy"}
-    for r in record.rows:
-        base = copies.get((r.form, r.call, r.B, r.T, r.K))
-        figures = f"{r.p50:.3f} | {r.p50 / base:.2f}" if r.p50 and base else f"– | {r.skipped}"
-        lines.append(f"| {r.form} | {r.call} | {r.B} | {r.T} | {r.K} | {r.peer} | {figures} |")
-    lines += ["", "| promise | form | target | worst | verdict |", "|---|---|---|---|---|"]
-    for c in record.checks:
-        worst = "–" if c.worst is None else f"{c.worst.figure:.2f} {c.unit} at {c.worst.where}"
-        lines.append(f"| {c.promise} | {c.form} | {c.relation} {c.target} {c.unit} | {worst} | {c.verdict} |")
-    return "\n".join([*lines, ""])
-
-
-def run(minutes: float = 10.0, only: tuple[str, ...] = (), told: Callable[[str], None] = print) -> Record:
+def run(stage: Stage, minutes: float = 10.0, only: tuple[str, ...] = (), told: Callable[[str], None] = print) -> Record:
     """Everything within `minutes`, the promised cases first; what time does not allow is a row that says so."""
-    begin, rows = time.perf_counter(), []
-    names = [name for name in FORMS if not only or name in only]
-    red = {}
-    for name in names:
-        for D in (64, 128):
-            try:
-                red[name, D] = correct(name, D)
-            except Exception as error:  # a kernel that does not compile or launch is red
-                red[name, D] = f"{type(error).__name__}: {str(error)[:160]}"
-            told(f"{name} D={D}: {red[name, D] or 'correct'}")
-    plan = [(name, shape, call) for shape in LONG[:2] for name in names for call in CALLS]
-    plan += [(name, shape, call) for shape in VISION + CROSSING for name in names if not FORMS[name].causal for call in CALLS]
-    plan += [(name, shape, call) for shape in LONG[2:] for name in names for call in CALLS]
-    for name, shape, call in plan:
-        if time.perf_counter() - begin > 60 * minutes:
-            B, T, H, D = shape
-            facts = {"form": name, "call": call, "B": B, "T": T, "H": H, "K": D, "V": D, "dtype": "bfloat16", "threads": 0}
-            rows.append(Row(peer="triton", **facts, skipped="out of time"))
-            continue
-        new = time_case(name, shape, call, red[name, shape[3]])
-        rows += new
-        told(f"{name} {call} {shape}: " + ", ".join(f"{r.peer} {r.p50:.3f} ms" if r.p50 else f"{r.peer} –" for r in new))
-    first = first_calls()
-    told(f"first call: {first}")
     import triton
 
-    card = torch.cuda.get_device_properties()
+    begin, rows, red = time.perf_counter(), [], {}
+    names = [name for name in FORMS if not only or name in only]
+    both = [name for name in names if not FORMS[name].causal]
+    plan = [(name, shape) for shape in stage.long for name in names]
+    plan += [(name, shape) for shape in stage.vision + stage.crossing for name in both]
+    plan += [(name, shape) for shape in stage.longer for name in names]
+    for name, shape in plan:
+        if time.perf_counter() - begin > 60 * minutes:
+            rows += [Row(peer="triton", **facts_of(stage, name, shape, call), skipped="out of time") for call in CALLS]
+            continue
+        try:
+            red[name, shape] = correct(stage, name, shape)
+        except Exception as error:  # a kernel that does not compile or launch is red
+            red[name, shape] = in_words(error)
+        told(f"{name} {shape}: {red[name, shape] or 'correct'}")
+        for call in CALLS:
+            new = time_case(stage, name, shape, call, red[name, shape])
+            rows += new
+            told(f"{name} {shape} {call}: " + ", ".join(f"{r.peer} {r.p50:.3f} ms" if r.p50 else f"{r.peer} –" for r in new))
+    first = first_calls(stage, told)
+    told(f"first call: {first}")
     return Record(
-        kind="gpu", date=datetime.now(timezone.utc).isoformat(timespec="seconds"), git=machine.git(),
-        command=shlex.join(["python", "-m", "bench.gpu", *sys.argv[1:]]),
-        machine={"gpu": card.name, "multiprocessors": card.multi_processor_count, "memory_gib": round(card.total_memory / 2**30, 1)},
+        kind="gpu" if stage is GPU else "rehearsal", date=datetime.now(timezone.utc).isoformat(timespec="seconds"), git=machine.git(),
+        command=shlex.join(["python", "-m", "bench.gpu", *sys.argv[1:]]), machine=card_of(stage),
         versions={"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda, "linattn": linattn.__version__},
-        options={"minutes": minutes, "only": list(only), "correct": {f"{n} {D}": text for (n, D), text in red.items()}},
-        method=METHOD, rows=tuple(rows), checks=tuple(checks(rows, first)), seconds=round(time.perf_counter() - begin, 1),
+        options={"minutes": minutes, "only": list(only), "correct": {f"{n} {shape}": text for (n, shape), text in red.items()}},
+        method=METHOD, rows=tuple(rows), checks=tuple(checks(rows, first, stage)), seconds=round(time.perf_counter() - begin, 1),
     )  # fmt: skip
 
 
@@ -332,15 +191,29 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="stop timing new cases after this long")
     parser.add_argument("--only", action="append", default=[], choices=list(FORMS), help="only this form; repeat for more")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny, in Triton's interpreter: no measurement")
+    words = sys.argv[1:] if words is None else words
     arguments = parser.parse_args(words)
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device: this measures on a GPU")
-    record = run(arguments.minutes, tuple(arguments.only), lambda line: print(line, flush=True))
+    if arguments.rehearse:
+        if arguments.out == RESULTS:
+            parser.error("--rehearse measures nothing, and its record does not belong among the results: give --out")
+        if os.environ.get("TRITON_INTERPRET") != "1":  # it has to be on before Triton is imported
+            again = [sys.executable, "-m", "bench.gpu", *words]
+            return subprocess.run(again, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
+    elif not torch.cuda.is_available():
+        parser.error("no CUDA device: this measures on a GPU; --rehearse goes through it on a CPU")
+    if arguments.rehearse:
+        from .interpreter import widen_bfloat16
+
+        widen_bfloat16()
+    stage = REHEARSAL if arguments.rehearse else GPU
+    record = run(stage, arguments.minutes, tuple(arguments.only), lambda line: print(line, flush=True))
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = record.write(arguments.out)
     path.with_suffix(".md").write_text(markdown(record))
     print(f"written: {path} and .md")
-    return int(any(check.verdict == "fail" for check in record.checks) or any(record.options["correct"].values()))
+    failed = stage is GPU and any(check.verdict == "fail" for check in record.checks)
+    return int(failed or any(record.options["correct"].values()))
 
 
 if __name__ == "__main__":

@@ -44,14 +44,35 @@ HOPPER = {
     ("channel delta", 512): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
 # Without wgmma four warps hold too many accumulators; AMD has twice the registers at four warps and half the shared memory.
-AMPERE = HOPPER | {("one", 64): ((64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2))}
+AMPERE = HOPPER | {("one", 64): ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2))}
 CDNA = {
     ("one", 64): HOPPER["one", 64],
+    ("one", 128): ((64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
     ("both", 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
 }
-SHORT = {64: ((64, 4, 2), (64, 4, 2)), 128: ((64, 4, 2), (64, 8, 2)), 256: ((32, 8, 1), (32, 8, 1)), 512: ((16, 8, 1), (16, 8, 1))}
+# At 64 tokens Triton puts products into tensor memory, runs out of it and writes a trap; at 32 it takes the tensor cores' older way in.
+BLACKWELL = HOPPER | {
+    ("one", 64): ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
+    ("one", 128): ((32, 64, 4, 2), (32, 32, 8, 2), (32, 64, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("both", 64): ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2)),
+    ("both", 128): ((32, 64, 4, 2), (32, 32, 8, 2), (32, 64, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+}
 INTERPRETER = {(kind, width): ((32 if "delta" in kind else 64, 32, 1, 1),) * len(KERNELS) for kind in KINDS for width in WIDTHS}
-TABLE = {"sm_80": AMPERE, "sm_90": HOPPER, "gfx942": CDNA, "interpreter": INTERPRETER}
+TABLE = {"sm_80": AMPERE, "sm_90": HOPPER, "sm_100": BLACKWELL, "gfx942": CDNA, "interpreter": INTERPRETER}
+# The quadratic kernels, forward and backward: tokens per block, warps, stages. They hold K and V whole; a width without a row takes chunks.
+SHORT_HOPPER = {
+    ("one", 64): ((64, 4, 2), (64, 8, 2)),
+    ("one", 128): ((64, 4, 2), (32, 4, 1)),
+    ("both", 64): ((64, 4, 2), (32, 4, 2)),
+    ("both", 128): ((64, 8, 2), (32, 8, 1)),
+}
+SHORT = {
+    "sm_80": {("one", 64): ((64, 4, 2), (32, 4, 2)), ("both", 64): ((32, 4, 2), (32, 4, 2))},
+    "sm_90": SHORT_HOPPER,
+    "sm_100": {("one", 64): ((32, 4, 2), (32, 4, 2)), ("both", 64): ((32, 4, 2), (32, 4, 2))},
+    "gfx942": {("one", 64): ((64, 4, 2), (32, 4, 2)), ("both", 64): ((64, 4, 2), (32, 4, 2))},
+    "interpreter": {(kind, width): ((64, 1, 1),) * 2 for kind in ("one", "both") for width in WIDTHS},
+}
 ARCHITECTURES = tuple(name for name in TABLE if name != "interpreter")
 
 
@@ -68,9 +89,11 @@ def pick(arch: str, kernel: str, at: tuple[str, int], V: int) -> Tile:
     return Tile(C, min(BV, power_of_two(V)), warps, stages)
 
 
-def pick_short(arch: str, backward: bool, at: tuple[str, int], V: int) -> Tile:
-    """The tile of the quadratic kernels, which hold rows of V whole."""
-    C, warps, stages = SHORT[at[1]][backward]
+def pick_short(arch: str, backward: bool, at: tuple[str, int], V: int) -> Tile | None:
+    """The tile of a quadratic kernel in row `at`; None where the architecture has none."""
+    if at not in SHORT[arch]:
+        return None
+    C, warps, stages = SHORT[arch][at][backward]
     return Tile(C, power_of_two(V), warps, stages)
 
 

@@ -5,7 +5,8 @@ import warnings
 import pytest
 import torch
 from torch.nn.functional import logsigmoid, normalize
-from widening import run_autotuned, widen_bfloat16
+
+from bench.interpreter import run_autotuned, widen_bfloat16
 
 widen_bfloat16()
 run_autotuned()

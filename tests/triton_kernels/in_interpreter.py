@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import DECAYS, DIRECTIONS, RECORDS, Case, call, check, pairwise, whole
-from widening import widen_bfloat16
 
 import linattn
+from bench.interpreter import widen_bfloat16
 from linattn.ops import tiles
 from linattn.ops.triton import passes
 
@@ -112,7 +112,8 @@ def test_bfloat16(decay, direction, way):
     for name, true in gold.items():
         size = max(true.norm().item(), 4 * gold["o"].norm().item() if name == "dlog_decay" else 0.0)  # of a head: a sum that cancels
         error = (got[name].double() - true).norm().item() / size
-        assert error < 6e-3, f"{name}: relative error {error:.2g}"
+        # roundings of u, of what w reads off the state and of the state meet in the delta rule, where they are differences
+        assert error < (6e-3 if delta else 4e-3), f"{name}: relative error {error:.2g}"
 
 
 def test_no_tokens():

@@ -1,4 +1,4 @@
-"""What a call launches, seen on tensors without memory: a kernel that waited for the GPU, or read a number back, could not be called on them."""
+"""What a call launches, seen on tensors without memory: who waits for a GPU, or reads a number back from it, cannot be called on them."""
 
 from importlib.util import find_spec
 
@@ -51,7 +51,7 @@ def run(case, launched):
     inputs = (q, k, v, log_decay, beta, kv, z, cu_seqlens)
     stride = case.stride if "boundaries" in case.record else 0
     form = Form(1.0, case.causal, options["gating"] or "target", case.normalize, 0.1, stride, "writes" in case.record, case.final)
-    o, last, last_z, d, bkv, bz, u = backend.forward(*inputs, form)
+    o, last, _, d, bkv, bz, u = backend.forward(*inputs, form)
     forward = list(launched)
     launched.clear()
     states = (last, torch.empty_like(last[..., 0])) if case.final else (None, None)
@@ -90,7 +90,9 @@ def test_no_length_and_no_number_of_sequences_is_compiled_for(launched, monkeypa
     keys = []
     for T, B, H in ((300, 1, 1), (5000, 2, 3), (40000, 1, 1)):
         seen = set()
-        note = lambda kernel, *_, seen=seen, grid=None, warmup=None, **named: seen.add((kernel.__name__, str(sorted(named.items(), key=str))))
+        note = lambda kernel, *_, seen=seen, grid=None, warmup=None, **named: seen.add(
+            (kernel.__name__, str(sorted(named.items(), key=str)))
+        )
         monkeypatch.setattr(JITFunction, "run", note)
         run(Case(T=T, B=B, H=H, **PLAIN), launched)
         keys.append({key for key in seen if key[0] != "seg_scan" and "'SCANNED', True" in key[1]})
@@ -113,5 +115,15 @@ def test_every_architecture_has_tiles_for_what_it_takes(arch, launched, monkeypa
                     if backend.why_not(call) is None:
                         taken += 1
                         for T in (100, 300):
-                            run(Case(decay=decay, delta=delta, direction=direction, T=T, dtype=torch.bfloat16, **PLAIN | {"widths": (width, width)}), launched)
+                            run(
+                                Case(
+                                    decay=decay,
+                                    delta=delta,
+                                    direction=direction,
+                                    T=T,
+                                    dtype=torch.bfloat16,
+                                    **PLAIN | {"widths": (width, width)},
+                                ),
+                                launched,
+                            )
     assert taken

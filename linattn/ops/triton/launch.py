@@ -12,7 +12,7 @@ from .passes import NoDecay, Pass, Short
 def _passes(q, k, v, log_decay, beta, kv, cu_seqlens, form: Form) -> list[tuple[slice, Pass]]:
     """The passes a call takes, and which directions each one owns."""
     inputs = (q, k, v, log_decay, beta, cu_seqlens, form)
-    if Short.takes(k, log_decay, beta, kv, cu_seqlens, form, form.final):
+    if Short.takes(k, v, log_decay, beta, kv, cu_seqlens, form, form.final):
         return [(slice(None), Short(q, k, v, log_decay, form))]
     if not form.causal and log_decay is None and beta is None and not form.stride:
         return [(slice(None), NoDecay(q, k, v, cu_seqlens, form))]
@@ -78,7 +78,7 @@ def backward(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, c
     if k.shape[1] == 0:
         like = lambda x: None if x is None else torch.zeros_like(x)
         return like(q), like(k), like(v), like(log_decay), like(beta), *((like(kv), like(z)) if dkv is None else (dkv.clone(), dz.clone()))
-    if Short.takes(k, log_decay, beta, kv, cu_seqlens, form, dkv is not None):
+    if Short.takes(k, v, log_decay, beta, kv, cu_seqlens, form, dkv is not None):
         dq, dk, dv, dg = Short(q, k, v, log_decay, form).backward(do, o.contiguous(), d)
         return dq, dk, dv, _as_given(dg, log_decay), None, None, None
     factor = dd = None

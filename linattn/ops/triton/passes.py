@@ -266,17 +266,24 @@ class Short(Pass):
     """The launches of a call on short sequences by the quadratic form: no chunks, no states."""
 
     @staticmethod
-    def takes(k, log_decay, beta, kv, cu_seqlens, form: Form, ends: bool) -> bool:
+    def takes(k, v, log_decay, beta, kv, cu_seqlens, form: Form, ends: bool) -> bool:
         """Whether a call is one; `ends`: it has a last state, or the gradient of one."""
         plain = beta is None and (log_decay is None or log_decay.ndim < 4) and not form.stride and not form.writes
-        return plain and kv is None and not ends and cu_seqlens is None and k.shape[1] <= SHORTEST
+        if not plain or kv is not None or ends or cu_seqlens is not None or k.shape[1] > SHORTEST:
+            return False
+        return Short.tile_of(False, k, v, form) is not None
+
+    @staticmethod
+    def tile_of(backward: bool, k, v, form: Form) -> Tile | None:
+        K, V = k.shape[3], v.shape[3]
+        return pick_short(architecture(), backward, row("scalar", False, not form.causal, K, V, k.element_size()), V)
 
     def __init__(self, q, k, v, log_decay, form: Form):
         super().__init__(q, k, v, log_decay, None, None, form, 0 if form.causal else None)
 
     def kernel(self, backward: bool) -> tuple[tuple[int, int], dict]:
         """Grid of one program per block and head, and the constexprs."""
-        tile = pick_short(architecture(), backward, row(self.decay, False, self.D == 2, self.K, self.V, self.k.element_size()), self.V)
+        tile = self.tile_of(backward, self.k, self.v, self.form)
         shared = {
             "K": self.K, "V": self.V, "BK": power_of_two(self.K), "BV": tile.BV, "C": tile.C, "DECAY": self.decay,
             "CAUSAL": self.form.causal, "LEFT": self.leave[0], "RIGHT": self.leave[1], "DIVIDE": self.form.normalize, "PIPE": tile.stages,
