@@ -204,7 +204,8 @@ def assemblers(arch: str) -> list[Path | None]:
 def examine(launch: Launch, arch: str, form: str, width: int) -> Iterator[Row]:
     """One row per assembler."""
     options = launch.options
-    tile = f"C{launch.arguments.get('C', '-')} BV{launch.arguments['BV']} w{options.get('num_warps', 4)} s{options.get('num_stages', '-')}"
+    size = lambda name: launch.arguments.get(name, "-")
+    tile = f"C{size('C')} BV{size('BV')} w{options.get('num_warps', 4)} s{options.get('num_stages', '-')}"
     facts = {"arch": arch, "form": form, "width": width, "kernel": launch.kernel.__name__, "backward": launch.backward, "tile": tile}
     facts["bytes"] = round(launch.bytes / (TOKENS * H), 1)
     try:

@@ -40,14 +40,13 @@ def wy(
     jk = tl.arange(0, BK)
     b_k = tile(k, first, step, live, H, h, jk, K)
     ell = clock(gates(g, first, step, live, H, h, jk, K, DECAY), LEAVING)
-    b_beta = column(beta, first, step, live, H, h)
-    X = inverse(b_beta[:, None] * scores(b_k, b_k, ell, 0.0, True, DECAY))
-    X = (X * b_beta[None, :]).to(b_k.dtype)  # β goes in before the one rounding: k and v are multiplied as they came
-    put(w, dot(X, faded(b_k, ell, DECAY).to(b_k.dtype)), first, step, live, H, h, jk, K)
+    b_beta = column(beta, first, step, live, H, h)[:, None]
+    X = inverse(b_beta * scores(b_k, b_k, ell, 0.0, True, DECAY)).to(b_k.dtype)
+    put(w, dot(X, (b_beta * faded(b_k, ell, DECAY)).to(b_k.dtype)), first, step, live, H, h, jk, K)
     for iv in range((V + BV - 1) // BV):
         jv = iv * BV + tl.arange(0, BV)
         b_v = tile(v, first, step, live, H, h, jv, V)
-        put(u, dot(X, b_v), first, step, live, H, h, jv, V)
+        put(u, dot(X, (b_beta * b_v).to(b_v.dtype)), first, step, live, H, h, jv, V)
 
 
 @triton.jit(do_not_specialize=["N", "T", "H"])

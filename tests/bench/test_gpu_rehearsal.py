@@ -1,0 +1,31 @@
+"""`python -m bench gpu` on a machine without a GPU: all of it, small, in Triton's interpreter."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from bench import gpu, records
+from bench.machine import ROOT
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_refuses_to_measure_without_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_a_rehearsal_checks_times_and_records_every_row(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "bench.gpu", "--rehearse", "--only", "scalar", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = records.read(next(tmp_path.glob("*.json")))
+    ours = [row for row in record.rows if row.peer == "triton"]
+    assert ours and all(row.p50 is not None for row in ours)
+    assert record.options["correct"] and not any(record.options["correct"].values())
+    assert {check.verdict for check in record.checks if check.promise == "first call"} <= {"pass", "fail"}
