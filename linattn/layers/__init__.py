@@ -16,6 +16,6 @@ from .variants import VARIANTS, Variant
 
 __all__ = [
     "FEATURES", "MLP", "VARIANTS", "ByteNetBlock", "LayerState", "LinearAttention", "Mixer", "RecAttention", "ScatterFormerBlock",
-    "ShortConvolution", "SoftmaxAttention", "SoftmaxState", "SparseStateExpansion", "SwiGLU", "Variant", "segment_linear_attention", "snake", "snakes",
-    "taylor_attention", "windows",
+    "ShortConvolution", "SoftmaxAttention", "SoftmaxState", "SparseStateExpansion", "SwiGLU", "Variant", "segment_linear_attention",
+    "snake", "snakes", "taylor_attention", "windows",
 ]  # fmt: skip
