@@ -71,7 +71,9 @@ def root(
 
 @app.command()
 def train(
-    recipe: Annotated[str | None, typer.Option(help="What is trained, and how: decoder.", show_default="decoder")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="What is trained, and how: decoder, masked, image or distillation.", show_default="decoder")
+    ] = None,
     option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Option of the recipe's task; repeatable.")] = None,
     preset: Preset = None,
     variant: Variant = None,

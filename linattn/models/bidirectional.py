@@ -43,7 +43,7 @@ class DropPath(nn.Module):
 class BidirectionalBlock(nn.Module):
     """pre:  x + attention(norm1(x)), then x + mlp(norm2(x));  post:  norm1(x + attention(x)), then norm2(x + mlp(x)), as BERT.
 
-    attention    a layer of `linattn.layers` with causal=False
+    attention    a layer of `linattn.layers`, as a rule with causal=False
     layer_scale  start of a learnt scale per channel on both branches; None: none
     drop_path    see DropPath
     """
@@ -92,6 +92,7 @@ def make_block(
     num_heads: int,
     hidden: int,
     *,
+    causal: bool = False,
     curves: int = 1,
     gating: Gating = None,
     prefix: int = 0,
@@ -111,10 +112,10 @@ def make_block(
     if variant == "softmax":
         if curves != 1:
             raise ValueError("curves=2 needs a variant with a decay; softmax attention has none")
-        attention = SoftmaxAttention(dim, num_heads, causal=False, theta=theta, bias=True, layer_idx=layer_idx, num_layers=num_layers)
+        attention = SoftmaxAttention(dim, num_heads, causal=causal, theta=theta, bias=True, layer_idx=layer_idx, num_layers=num_layers)
     else:
         attention = LinearAttention(
-            dim, num_heads, variant, causal=False, gating=gating, curves=curves, prefix=prefix, expand_k=expand_k, expand_v=expand_v,
+            dim, num_heads, variant, causal=causal, gating=gating, curves=curves, prefix=prefix, expand_k=expand_k, expand_v=expand_v,
             layer_idx=layer_idx, num_layers=num_layers, backend=backend,
         )  # fmt: skip
     mlp = MLP(dim, hidden, num_layers=num_layers)

@@ -45,14 +45,17 @@ class VisionTransformer(nn.Module):
         self.positions = Positions(c.grid, c.dim) if c.positions else None
         self.blocks = nn.ModuleList(
             make_block(
-                c.variant, c.dim, c.num_heads, int(c.dim * c.mlp_ratio), curves=c.curves, gating=c.gating, prefix=c.prefix,
-                expand_k=c.expand_k, expand_v=c.expand_v, layer_idx=i, num_layers=c.num_layers, norm_eps=c.norm_eps,
-                layer_scale=c.layer_scale, drop_path=c.drop_path * i / max(1, c.num_layers - 1), backend=backend,
+                c.variant, c.dim, c.num_heads, int(c.dim * c.mlp_ratio), causal=c.causal, curves=c.curves, gating=c.gating,
+                prefix=0 if c.causal else c.prefix, expand_k=c.expand_k, expand_v=c.expand_v, layer_idx=i, num_layers=c.num_layers,
+                norm_eps=c.norm_eps, layer_scale=c.layer_scale, drop_path=c.drop_path * i / max(1, c.num_layers - 1), backend=backend,
             )
             for i in range(c.num_layers)
         )  # fmt: skip
         self.norm = nn.LayerNorm(c.dim, eps=c.norm_eps)
         self.head: nn.Module = Linear(c.dim, c.num_classes, bias=True) if c.num_classes else nn.Identity()
+        with torch.no_grad():
+            for linear in (module for module in self.modules() if c.init_scale != 1 and isinstance(module, Linear)):
+                linear.weight.mul_(c.init_scale)
 
     @classmethod
     def create(

@@ -8,7 +8,12 @@ from ..layers.variants import Gating
 
 VARIANTS_OF_IMAGES = (*VARIANTS, "softmax")
 POOLS = ("mean", "patches", "token")
-SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # dim and heads of DeiT, arXiv:2012.12877; 12 layers each
+SIZES = {  # dim, layers and heads: of DeiT, arXiv:2012.12877, and one for small images on a CPU
+    "micro": (64, 4, 2),
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+}
 NATURAL = "_natural"  # LION's ♮
 WITHOUT_POSITIONS = ("lion_d", "lion_s")  # the paper's have none: the decay knows where a token is
 
@@ -29,6 +34,7 @@ class VisionConfig:
     num_heads: int = 3
     mlp_ratio: float = 4.0
     curves: int = 1  # 2: the decay reads along the row snake and the column snake
+    causal: bool = False  # True: a token sees those before it alone, for comparison
     gating: Gating = None  # None: the variant's
     expand_k: float | None = None  # None: the variant's
     expand_v: float | None = None
@@ -40,6 +46,7 @@ class VisionConfig:
     layer_scale: float | None = None  # its start; None: none
     drop_path: float = 0.0  # of the last block; those before rise to it
     norm_eps: float = 1e-6
+    init_scale: float = 1.0  # the start of all linear maps, against std 0.02: a width of 64 learns faster from 4
 
     def __post_init__(self):
         if isinstance(self.img_size, list):
@@ -56,8 +63,12 @@ class VisionConfig:
             if not isinstance(side, int) or side < 1 or (side % self.patch_size and not self.pad):
                 wanted = f"a multiple of patch_size={self.patch_size}, or pad=True" if not self.pad else "at least 1"
                 raise ValueError(f"img_size must be {wanted}; got {self.img_size!r}")
+        if self.pool == "token" and self.causal:
+            raise ValueError("pool='token' needs causal=False: the class token stands first and would see nothing")
         if self.pool == "token" and not self.class_token:
             raise ValueError("pool='token' needs class_token=True")
+        if not self.init_scale > 0:
+            raise ValueError(f"init_scale must be above 0; got {self.init_scale}")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must lie in [0, 1); got {self.drop_path}")
         if self.mlp_ratio <= 0:
@@ -89,5 +100,14 @@ def preset(name: str) -> dict[str, Any]:
             f"name must be vit_SIZE_VARIANT with SIZE in {list(SIZES)} and VARIANT in {list(VARIANTS_OF_IMAGES)}, "
             f"with {NATURAL} behind it for two curves; got {name!r}"
         )
-    dim, heads = SIZES[size]
-    return dict(variant=variant, dim=dim, num_heads=heads, curves=curves, positions=variant not in WITHOUT_POSITIONS)
+    dim, layers, heads = SIZES[size]
+    scale = 4.0 if size == "micro" else 1.0
+    return dict(
+        init_scale=scale,
+        variant=variant,
+        dim=dim,
+        num_layers=layers,
+        num_heads=heads,
+        curves=curves,
+        positions=variant not in WITHOUT_POSITIONS,
+    )

