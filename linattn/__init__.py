@@ -10,6 +10,7 @@ _HOMES = {
     "linattn.layers": ("VARIANTS", "LinearAttention", "SoftmaxAttention"),
     "linattn.models": ("Decoder", "DecoderConfig", "Encoder", "EncoderConfig", "VisionConfig", "VisionTransformer"),
     "linattn.swap": ("from_pretrained", "register_hf", "swap_attention"),
+    "linattn.probes": ("probe",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .layers import VARIANTS, LinearAttention, SoftmaxAttention
     from .models import Decoder, DecoderConfig, Encoder, EncoderConfig, VisionConfig, VisionTransformer
     from .ops import BACKENDS, Record, Refusal, State, linear_attention, step, why_not
+    from .probes import probe
     from .swap import from_pretrained, register_hf, swap_attention
 
 

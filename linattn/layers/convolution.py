@@ -1,6 +1,7 @@
 """The short causal convolution over time, one filter per channel, with its state: for sequences, chunks, single tokens and packed rows."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ class ShortConvolution(nn.Module):
         self.dim, self.width = dim, width
         self.weight = nn.Parameter(torch.empty(dim, width))
         self.bias = nn.Parameter(torch.empty(dim)) if bias else None
+        self.conv_probe: Callable | None = None  # stands in for `_run`, which it is given first; set by `linattn.probe`
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -37,6 +39,11 @@ class ShortConvolution(nn.Module):
     def forward(
         self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None, *, return_state: bool = False
     ) -> tuple[Tensor, Tensor | None]:
+        if self.conv_probe is not None:
+            return self.conv_probe(self._run, x, state, cu_seqlens, return_state=return_state)
+        return self._run(x, state, cu_seqlens, return_state=return_state)
+
+    def _run(self, x, state, cu_seqlens, *, return_state):
         check_input(x, self.dim, cu_seqlens)
         wanted = (sequences(x, cu_seqlens), self.dim, self.width - 1)
         if state is not None and state.shape != wanted:

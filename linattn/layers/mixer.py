@@ -1,5 +1,6 @@
 """The only module that calls the operator: heads of q, k and v, features, decay and beta → o, whoever made the heads."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,13 +69,14 @@ class Mixer(nn.Module):
             raise ValueError("curves=2 needs a variant with a decay: without one no order of the tokens makes a difference")
         if prefix < 0:
             raise ValueError(f"prefix must be at least 0; got {prefix}")
-        self.causal, self.curves, self.prefix, self.backend = causal, curves, prefix, backend
+        self.place, self.causal, self.curves, self.prefix, self.backend = place, causal, curves, prefix, backend
         self.gating: Gating = None if causal else gating or v.gating
         self.feature = Elementwise(v.feature) if isinstance(v.feature, str) else v.feature(place)
         self.key_dim: int = getattr(self.feature, "key_dim", place.key_dim)  # as the operator sees it
         self.decay = v.decay(place._replace(key_dim=self.key_dim))
         self.second_decay = v.decay(place._replace(key_dim=self.key_dim)) if curves == 2 else None
         self.b_proj = Linear(place.dim, place.heads) if v.delta else None
+        self.probe: Callable | None = None  # stands in for `operate`, which it is given first; set by `linattn.probe`
 
     def extra_repr(self) -> str:
         both = f", causal=False, gating={self.gating!r}, curves={self.curves}, prefix={self.prefix}"
@@ -105,27 +107,26 @@ class Mixer(nn.Module):
         """
         alone = self.causal and q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled()
         attend = getattr(self.feature, "attend", None)
-        if attend is not None and not (alone and state is not None):
+        if attend is not None and self.probe is None and not (alone and state is not None):
             how: dict[str, Any] = dict(causal=self.causal, cu_seqlens=cu_seqlens, return_state=return_state, backend=self.backend)
             return attend(q, k, v, state, mask, **how)
         q, k = self.feature(q, k)
         if self.variant.multi_value:
             q, k = (t.expand(-1, -1, v.shape[2], -1) for t in (q, k))
         beta = None if self.b_proj is None else self.b_proj(x).to(gate_dtype(x)).sigmoid()
+        if self.probe is not None and (self.second_decay is not None or shard is not None):
+            raise ValueError("a layer of two curves, or of a sequence in several processes, cannot be probed")
         if self.second_decay is not None:
             return self._along_both(x, q, k, v, beta, cu_seqlens, mask, _two(curves, x.shape[1])), None
         k, v, log_decay = self._write(self.decay, x, k, v, cu_seqlens, mask, start)
         how = dict(normalize=self.variant.normalize, scale=self.variant.scale, offset=self.variant.offset, backend=self.backend)
+        how |= dict(causal=self.causal, gating=self.gating)
         if shard is not None:
-            return shard.attend(q, k, v, log_decay, beta, {**how, "causal": self.causal, "gating": self.gating}), None
-        if alone and state is not None:
-            now = lambda t: t if t is None or t.ndim == 1 else t[:, 0]
-            o, state = step(now(q), now(k), now(v), now(log_decay), now(beta), state=state, **how)
-            return o[:, None], state
-        return linear_attention(
-            q, k, v, log_decay, beta, causal=self.causal, gating=self.gating,
-            initial_state=state, return_state=return_state, cu_seqlens=cu_seqlens, **how,
-        )  # fmt: skip
+            return shard.attend(q, k, v, log_decay, beta, how), None
+        tensors = q, k, v, log_decay, beta, state, cu_seqlens
+        if self.probe is not None:
+            return self.probe(operate, x, *tensors, mask, return_state=return_state, how=how)
+        return operate(*tensors, return_state=return_state, **how)
 
     def _write(self, decay, x, k, v, cu_seqlens, mask, start=0):
         """k, v and log_decay as the operator takes them."""
@@ -159,6 +160,17 @@ class Mixer(nn.Module):
             return o
         total = o[..., -1:]
         return o[..., :-1] / (total.clamp(min=EPS) if normal == "clamp" else total + EPS)
+
+
+def operate(q, k, v, log_decay, beta, state, cu_seqlens, *, causal, gating, **how):
+    """`linear_attention`, or its `step` where it is a single token with a state and without gradients."""
+    plain = causal and q.shape[1] == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled()
+    if plain and not how.get("record"):
+        now = lambda t: t if t is None or t.ndim == 1 else t[:, 0]
+        how.pop("return_state")
+        o, state = step(now(q), now(k), now(v), now(log_decay), now(beta), state=state, **how)
+        return o[:, None], state
+    return linear_attention(q, k, v, log_decay, beta, causal=causal, gating=gating, initial_state=state, cu_seqlens=cu_seqlens, **how)
 
 
 def _two(curves: Tensor | None, T: int) -> Tensor:

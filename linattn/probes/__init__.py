@@ -1,0 +1,34 @@
+"""See, measure and edit what a state remembers: `linattn.probe`, what it keeps, and what can be told from that."""
+
+from .edits import duals, without_key_direction, without_value_direction, written
+from .measures.states import half_life, interference, offsets, ranks, surprise, survival, trajectory, transition, write_strength
+from .probe import probe
+from .reduce import HalfLife, Moments, Saturation, Sketch, participation_ratio
+from .storage import Traces, load
+from .trace import Snapshot, Trace
+
+__all__ = [
+    "HalfLife",
+    "Moments",
+    "Saturation",
+    "Sketch",
+    "Snapshot",
+    "Trace",
+    "Traces",
+    "duals",
+    "half_life",
+    "interference",
+    "load",
+    "offsets",
+    "participation_ratio",
+    "probe",
+    "ranks",
+    "surprise",
+    "survival",
+    "trajectory",
+    "transition",
+    "without_key_direction",
+    "without_value_direction",
+    "write_strength",
+    "written",
+]  # fmt: skip

@@ -1,0 +1,29 @@
+"""One thread for tensors this small, and the small models that the tests of probes share."""
+
+import pytest
+import torch
+
+from linattn import Decoder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def decoder():
+    def make(variant="gated_delta", **overrides):
+        torch.manual_seed(1)
+        options = dict(vocab_size=32, dim=32, num_layers=2, num_heads=2) | overrides
+        return Decoder.create("tiny", variant=variant, **options).eval()
+
+    return make
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 32, (2, 100), generator=torch.Generator().manual_seed(2))
