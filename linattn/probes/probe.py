@@ -37,8 +37,9 @@ class probe(Traces):
     detach   False: what is kept has gradients
 
     A trace is of the last forward, and of the calls that went on from its states. Without edits the model's outputs stay the same bit for
-    bit. Edits are asked for with the methods below, before the forward they are meant for; one not reached is an error at the block's end.
-    Within activation checkpointing each call is kept once. The block is not for two threads, and one model has one probe at a time.
+    bit; to rounding under a feature map with a way round the operator, as taylorshift's, because a probe takes the operator. Edits are
+    asked for with the methods below, before the forward they are meant for; one that was not reached is an error at the block's end. Within
+    activation checkpointing each call is kept once. The block is not for two threads, and one model has one probe at a time.
 
     Raises ValueError for a layer that is not there, an unknown `keep`, and, in the forward, for what does not fit.
     """

@@ -19,7 +19,10 @@ def decoder():
     def make(variant="gated_delta", **overrides):
         torch.manual_seed(1)
         options = dict(vocab_size=32, dim=32, num_layers=2, num_heads=2) | overrides
-        return Decoder.create("tiny", variant=variant, **options).eval()
+        model = Decoder.create("tiny", variant=variant, **options)
+        with torch.no_grad():
+            model(torch.randint(0, 32, (2, 50)))  # a hash is fitted by its first batch
+        return model.eval()
 
     return make
 
