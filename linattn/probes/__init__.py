@@ -1,6 +1,7 @@
 """See, measure and edit what a state remembers: `linattn.probe`, what it keeps, and what can be told from that."""
 
 from .edits import duals, without_key_direction, without_value_direction, written
+from .measures.geometry import MinibatchCKA, cka, difference_of_means, lidar, linear_map, rankme
 from .measures.states import half_life, interference, offsets, ranks, surprise, survival, trajectory, transition, write_strength
 from .probe import probe
 from .reduce import HalfLife, Moments, Saturation, Sketch, participation_ratio
@@ -9,19 +10,25 @@ from .trace import Snapshot, Trace
 
 __all__ = [
     "HalfLife",
+    "MinibatchCKA",
     "Moments",
     "Saturation",
     "Sketch",
     "Snapshot",
     "Trace",
     "Traces",
+    "cka",
+    "difference_of_means",
     "duals",
     "half_life",
     "interference",
+    "lidar",
+    "linear_map",
     "load",
     "offsets",
     "participation_ratio",
     "probe",
+    "rankme",
     "ranks",
     "surprise",
     "survival",
