@@ -135,6 +135,40 @@ def gpu(context: typer.Context) -> None:
 
 
 @app.command()
+def vision(
+    part: Annotated[str, typer.Argument(help="accuracy (small images, three seeds) or resolution (vit_tiny from 224² on).")],
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Repeat for more.", show_default="softmax, gla, lion_d, lion_s, lion_s_natural")
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="digits or mnist5k.")] = "mnist5k",
+    steps: Annotated[int, typer.Option(help="Training steps of each run.", min=1)] = 600,
+    seeds: Annotated[int, typer.Option(help="Runs of each variant.", min=1)] = 3,
+    size: Annotated[list[int] | None, typer.Option(help="Pixels of a side; repeat for more.", show_default="224, 448, 1024")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the record.", show_default="bench/results")] = records.RESULTS,
+) -> None:
+    """Vision transformers of every variant on one thread: what they learn from the same steps, or what large images cost."""
+    from . import vision as seen
+
+    console = Console()
+    say = lambda line: console.print(line, highlight=False)
+    names = variant or ["softmax", "gla", "lion_d", "lion_s", "lion_s_natural"]
+    facts = dict(command=shlex.join(["python", "-m", "bench", *sys.argv[1:]]), machine=machine.facts(), git=machine.git())
+    try:
+        if part == "accuracy":
+            rows = seen.accuracy(names, dataset=dataset, steps=steps, seeds=seeds, overrides={}, say=say)
+            facts["summary"] = seen.summary(rows)
+        elif part == "resolution":
+            rows = seen.resolution(names, sizes=size or [224, 448, 1024], backward=True, say=say)
+        else:
+            raise ValueError(f"part must be accuracy or resolution; got {part!r}")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    path = out / f"vision-{part}.json"
+    seen.save(path, rows, **facts)
+    say(f"written: {path} and .png")
+
+
+@app.command()
 def pretrain(
     steps: Annotated[int, typer.Option(help="Training steps of each run.", min=10)] = 200,
     out: Annotated[Path, typer.Option(help="Folder of the record.", show_default="bench/results")] = records.RESULTS,

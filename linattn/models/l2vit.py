@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +124,7 @@ class L2Block(nn.Module):
 
 
 class _DropImage(DropPath):
-    def forward(self, x: Tensor, cu_seqlens: None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         return super().forward(x.flatten(1, 2)).view_as(x)
 
 
@@ -159,8 +159,9 @@ class L2ViT(nn.Module):
         for stage, (dim, blocks) in enumerate(zip(c.dims, c.depths, strict=True)):
             if stage:
                 self.downs.append(Down(c.dims[stage - 1], dim))
-            how = lambda i: dict(window=None if i % 2 else c.window, num_layers=depth, drop_path=next(rates), backend=backend)
-            self.stages.append(nn.Sequential(*(L2Block(dim, **how(i)) for i in range(blocks))))
+            windows = [None if i % 2 else c.window for i in range(blocks)]
+            how: dict[str, Any] = dict(num_layers=depth, backend=backend)
+            self.stages.append(nn.Sequential(*(L2Block(dim, window=window, drop_path=next(rates), **how) for window in windows)))
         self.norm = nn.LayerNorm(c.dims[-1])
         self.head: nn.Module = Linear(c.dims[-1], c.num_classes, bias=True) if c.num_classes else nn.Identity()
         for conv in (module for module in self.modules() if isinstance(module, nn.Conv2d)):
