@@ -148,14 +148,6 @@ class Encoder(nn.Module):
         return self.positions(token_positions(T, None, cu_seqlens, device))  # type: ignore[misc]
 
 
-def mean_of_tokens(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Features [B T dim] → their mean over the real tokens [B dim]; 0 where there is none."""
-    if mask is None:
-        return x.mean(1)
-    real = mask[..., None].to(x.dtype)
-    return torch.where(mask[..., None], x, 0).sum(1) / real.sum(1).clamp(min=1)
-
-
 def masked_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats and float32 of logits [B T vocab] where targets [B T] int64 are not IGNORE = -100."""
     if logits.shape[:2] != targets.shape or targets.dtype != torch.int64:
