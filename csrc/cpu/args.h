@@ -17,6 +17,7 @@ struct Rows {
   char* p;
   bool bf16;
   int64_t b, t, h;
+  bool stream = false;  // an output so large that it would only drive the inputs from the caches: it goes around them
 };
 
 struct Call {

@@ -5,9 +5,10 @@
 namespace linattn::LINATTN_ISA {
 
 // carry → emit → write → gate, as in reference/chunked.py. S lives in the first walk, dS in the second; where the second needs S as well
-// (delta rule; the value ⟨S, dS⟩ that pins the log-decay gradient) it takes the states kept every `anchor` tokens.
+// (delta rule; the value ⟨S, dS⟩ that pins the log-decay gradient) it takes the states kept every `anchor` tokens. All of them lie
+// transposed here, [Vp Kp]: what the gradients of queries and keys read runs along key channels.
 struct Gradients : Tiles {
-  float *uT, *dn, *dd, *dnT, *dP, *dq, *dk, *dk_read, *du, *wide, *stash;
+  float *uT, *dn, *dd, *dP, *dq, *dk, *dk_read, *du, *wide, *stash;
   float *dS, *dz, *running, *anchors, *anchors_z, *group, *writes;  // of the head at hand
   float *all_dS, *all_dz, *heads;                                   // of all heads walked side by side
   int64_t anchor, marks;
@@ -19,15 +20,15 @@ struct Gradients : Tiles {
     return Kp + marks_of(a) * (Kp * Vp + Kp) + (a.delta ? anchor_of(a) / C * Kp * Vp + (a.T + C) * Vp : 0);
   }
   Gradients(const Backward& a, Scratch& s) : Tiles(a, s), anchor(anchor_of(a)), marks(marks_of(a)), state(size_t(Kp) * Vp), per_head(per_head_of(a)) {
-    uT = s.take(C * Vp), dn = s.take(C * Vp), dd = s.take(C), dnT = s.take(C * Vp), dP = s.take(C * C);
-    dq = s.take(C * Kp), dk = s.take(C * Kp), dk_read = s.take(C * Kp), du = s.take(C * Vp), wide = s.take(C * (Kp > Vp ? Kp : Vp));
+    uT = s.take(C * Vp), dn = s.take(C * Vp), dd = s.take(C), dP = s.take(C * C);
+    dq = s.take(C * Kp), dk = s.take(C * Kp), dk_read = s.take(C * Kp), du = s.take(C * Vp), wide = s.take(C * Vp);
     stash = s.take(C * Kp);
     all_dS = s.take(state * a.width), all_dz = s.take(size_t(Kp) * a.width), heads = s.take(per_head * a.width);
     select(0);
   }
   static size_t floats(const Backward& a) {
     const size_t Kp = pad(a.K), Vp = pad(a.V);
-    return Tiles::floats(a) + C * (6 * Kp + 5 * Vp + C + 1) + (Kp * Vp + Kp + per_head_of(a)) * a.width;
+    return Tiles::floats(a) + C * (4 * Kp + 4 * Vp + C + 1) + (Kp * Vp + Kp + per_head_of(a)) * a.width;
   }
   void select(int i) {
     Tiles::select(i);
@@ -38,9 +39,9 @@ struct Gradients : Tiles {
   }
 };
 
-// dn = gradient of the numerator, dd = gradient of the row sum.
-STAGE void load_grad(const Backward& a, const Walk& w, Gradients& s, int64_t p, int rows, int64_t h) {
-  load_rows(span(a.grad, w, p, h), rows, int(a.V), 1.0f, s.dn, s.Vp);
+// dn = factor · gradient of the numerator, dd = factor · gradient of the row sum.
+STAGE void load_grad(const Backward& a, const Walk& w, Gradients& s, int64_t p, int rows, int64_t h, float factor) {
+  load_rows(span(a.grad, w, p, h), rows, int(a.V), factor, s.dn, s.Vp);
   for (int r = 0; r < C; ++r) s.dd[r] = 0;
   if (a.normalize == PLAIN) return;
   load_rows(span(a.o, w, p, h), rows, int(a.V), 1.0f, s.wide, s.Vp);
@@ -51,22 +52,13 @@ STAGE void load_grad(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
   }
 }
 
-// out_i = S y_i + bias_i z, faded per token, or per channel where fade_k is given: rows of value space seen from key space. yT [Vp C].
-STAGE void read_keys(Gradients& s, const float* S, const float* yT, const float* bias, const float* z, const float* fade,
-                     const float* fade_k, float* out, const Ahead* ahead = nullptr, int count = 0) {
-  blocks(s.Kp, C, [&]<int MR, int NV>(int m, int n) {
-    vec acc[MR][NV] = {};
-    for (int i = 0; i < count && n == 0; ++i) ahead[i].ask(m, MR, s.Kp);
-    multiply(acc, s.Vp, S + m * s.Vp, s.Vp, 1, yT + n, C);
-    for (int r = 0; r < MR; ++r)
-      for (int l = 0; l < NV; ++l) store(s.wide + (m + r) * C + n + l * LANES, acc[r][l]);
-  });
-  transpose(s.wide, C, s.Kp, C, out, s.Kp);
+// What a row sum's gradient adds to that of keys or queries, and the fading per channel: out_i = (out_i + weight_i z) · fade_i.
+STAGE void finish_read(float* out, int Kp, const float* weight, const float* z, const float* fade_k) {
   for (int r = 0; r < C; ++r)
-    for (int c = 0; c < s.Kp; c += LANES) {
-      vec x = load(out + r * s.Kp + c);
-      if (bias) x += load(z + c) * bias[r];
-      store(out + r * s.Kp + c, fade_k ? x * load(fade_k + r * s.Kp + c) : x * fade[r]);
+    for (int c = 0; c < Kp; c += LANES) {
+      vec x = load(out + r * Kp + c);
+      if (weight) x += load(z + c) * weight[r];
+      store(out + r * Kp + c, fade_k ? x * load(fade_k + r * Kp + c) : x);
     }
 }
 
@@ -87,13 +79,26 @@ STAGE void gather(const float* P, bool transposed, const float* y, int ld, float
 
 INLINE int64_t dg_index(const Backward& a, const Walk& w, int64_t t) { return ((w.direction * a.B + w.b) * a.T + t) * a.H + w.h; }
 
+// As carry_chunk, for the transposed state.
+INLINE void carry_transposed(const Call& a, Tiles& s, const float* u, bool normal, Ahead* ahead = nullptr) {
+  const Gate& g = s.gate;
+  const bool channel = a.decay == CHANNEL;
+  if (normal && !channel) carry_z(s.z, s.Kp, g.across, nullptr, s.k, g.kept);
+  if (channel)
+    scale_tile(s.k, g.kept_k, s.k, s.Kp);
+  else if (a.decay != NONE)
+    scale_rows(s.k, g.kept, s.k, s.Kp);
+  if (normal && channel) carry_z(s.z, s.Kp, 0, g.across_k, s.k, nullptr);
+  carry(s.S, s.Vp, s.Kp, {g.across, nullptr, channel ? g.across_k : nullptr}, u, false, s.k, ahead);
+}
+
 // First walk: dq, and q·dq of every token left in dg; keeps the anchors and, for the delta rule, the writes.
 STAGE void query_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, bool add) {
   const int Kp = s.Kp, Vp = s.Vp, rows = least(C, w.length - p);
   const size_t state = s.state;
   const bool normal = a.normalize != PLAIN, channel = a.decay == CHANNEL, decays = a.decay != NONE;
   const int64_t next = p + C < w.length ? p + C : p;
-  const Ahead ahead[] = {ahead_of(a.k, w, next, w.h, a.K), ahead_of(a.v, w, next, w.h, a.V)};
+  Ahead ahead = next_keys(a, w, p + C);
   load_chunk(a, w, s, p, rows, TRIANGLE, false);
   if ((decays || a.delta) && p % s.anchor == 0) {
     __builtin_memcpy(s.anchors + p / s.anchor * state, s.S, size_t(state) * 4);
@@ -103,50 +108,60 @@ STAGE void query_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p
   if (a.delta) {
     float beta[C], A[C * C];
     transpose(s.k, Kp, C, Kp, s.kT, C);
-    delta_write(a, w, s, p, rows, beta, A);
+    delta_write(a, w, s, p, rows, true, beta, A);
     u = s.u;
     __builtin_memcpy(s.writes + p * Vp, u, size_t(C) * Vp * 4);
   }
   transpose(u, Vp, C, Vp, s.uT, C);
-  for (int i = 0; i < C * Kp && decays; i += LANES) store(s.stash + i, vec{});
+  for (int i = 0; i < (channel ? C * Kp : C) && decays; i += LANES) store(s.stash + i, vec{});
   for (int64_t h = w.h * a.G; h < (w.h + 1) * a.G; ++h) {
-    load_grad(a, w, s, p, rows, h);
+    load_grad(a, w, s, p, rows, h, a.scale);
     products(s.dn, Vp, s.uT, channel ? nullptr : s.gate.D, normal ? s.dd : nullptr, s.dP);
-    transpose(s.dn, Vp, C, Vp, s.dnT, C);
-    const Ahead queries[] = {ahead_of(a.grad, w, next, h, a.V), ahead_of(a.q, w, next, h, a.K)};
-    read_keys(s, s.S, s.dnT, normal ? s.dd : nullptr, s.z, s.gate.seen, channel ? s.gate.seen_k : nullptr, s.dq, queries, decays ? 2 : 1);
+    Ahead queries;
+    queries.also(span(a.grad, w, next, h), a.V).also(span(a.q, w, next, h), a.K);
+    const Span dq = span(a.dq, w, p, h);
+    const bool direct = rows == C && !dq.bf16 && a.K == Kp && !normal && !decays && !add;  // straight to memory, without the tile
+    emit(s.dn, Vp, s.S, Kp, channel || !decays ? nullptr : s.gate.seen, channel ? nullptr : s.dP, LOWER, s.k,
+         direct ? reinterpret_cast<float*>(dq.p) : s.dq, direct ? dq.step : Kp, direct && dq.stream, &queries);
+    if (direct) continue;
     if (channel) {
+      finish_read(s.dq, Kp, normal ? s.dd : nullptr, s.z, s.gate.seen_k);
       keep_triangle(s.dP, w.own);
       channel_gather(s.dP, s.k, s.gate, w.leaving, Kp, s.dq);
-    } else {
-      gather(s.dP, false, s.k, Kp, s.dq);
+    } else if (normal) {
+      for (int r = 0; r < C; ++r) s.dd[r] *= s.gate.seen[r];
+      finish_read(s.dq, Kp, s.dd, s.z, nullptr);
     }
     if (decays) {
-      load_rows(span(a.q, w, p, h), rows, int(a.K), a.scale, s.q, Kp);
+      load_rows(span(a.q, w, p, h), rows, int(a.K), 1.0f, s.q, Kp);
       if (channel)
         for (int i = 0; i < C * Kp; i += LANES) store(s.stash + i, load(s.stash + i) + load(s.q + i) * load(s.dq + i));
-      else
-        for (int r = 0; r < rows; ++r) s.stash[r] += dot(s.q + r * Kp, s.dq + r * Kp, Kp);
+      else {
+        alignas(64) float add_up[C];
+        dots(s.q, s.dq, Kp, add_up);
+        for (int r = 0; r < C; ++r) s.stash[r] += add_up[r];
+      }
     }
-    store_rows(s.dq, Kp, rows, int(a.K), a.scale, span(a.dq, w, p, h), add);
+    store_rows(s.dq, Kp, rows, int(a.K), 1.0f, dq, add);
   }
   if (channel) {
     store_rows(s.stash, Kp, rows, int(a.K), 1.0f, gate_span(a.dg + w.direction * a.B * a.T * a.H * a.K, a, w, p, a.K), false);
   } else if (decays) {
     for (int r = 0; r < rows; ++r) a.dg[dg_index(a, w, w.token(p + r))] = s.stash[r];
   }
-  carry_chunk(a, s, u, normal, false, ahead, 2);
+  carry_transposed(a, s, u, normal, &ahead);
 }
 
 // ⟨S, dS⟩ + ⟨z, dz⟩: the gradient to the logarithm of all that the state was faded by, one number or one per channel.
 STAGE void pin(const Gradients& s, const float* S, const float* z, bool normal, bool channel, float* total) {
-  float all = 0;
-  for (int c = 0; c < s.Kp; ++c) {
-    const float x = dot(S + c * s.Vp, s.dS + c * s.Vp, s.Vp) + (normal ? z[c] * s.dz[c] : 0.0f);
-    total[c] = x;
+  vec all = {};
+  for (int c = 0; c < s.Kp; c += LANES) {
+    vec x = normal ? load(z + c) * load(s.dz + c) : vec{};
+    for (int v = 0; v < s.Vp; ++v) x += load(S + v * s.Kp + c) * load(s.dS + v * s.Kp + c);
+    store(total + c, x);
     all += x;
   }
-  if (!channel) total[0] = all;
+  if (!channel) total[0] = sum(all);
 }
 
 // Second walk, chunks from last to first: dk, dv, dbeta, dlog_decay, and the gradient of the state that entered.
@@ -166,7 +181,7 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
       __builtin_memcpy(s.group + (m - from) / C * state, s.S, size_t(state) * 4);
       if (m == p) break;
       load_chunk(a, w, s, m, C, TRIANGLE, false);
-      carry_chunk(a, s, s.writes + m * Vp, false, false);
+      carry_transposed(a, s, s.writes + m * Vp, false);
     }
   }
   if (decays && p != last && end % s.anchor == 0)
@@ -177,63 +192,61 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
   const float* u = s.v;
   if (a.delta) {
     __builtin_memcpy(s.S, s.group + p % s.anchor / C * state, size_t(state) * 4);
-    delta_write(a, w, s, p, rows, beta, A);
+    delta_write(a, w, s, p, rows, true, beta, A);
     u = s.u;
   }
   transpose(u, Vp, C, Vp, s.uT, C);
   // carry: what the chunk left in the state
-  const float* keeper = s.k;
+  const float* keepers = s.kT;
   if (channel) {
     scale_tile(s.k, gate.kept_k, s.q_seen, Kp);
-    keeper = s.q_seen;
+    transpose(s.q_seen, Kp, C, Kp, s.dq, C);
+    keepers = s.dq;
   }
-  blocks(C, Vp, [&]<int MR, int NV>(int m, int n) {
-    vec acc[MR][NV] = {};
-    multiply(acc, Kp, keeper + m * Kp, Kp, 1, s.dS + n, Vp);
-    for (int r = 0; r < MR; ++r)
-      for (int l = 0; l < NV; ++l)
-        store(s.du + (m + r) * Vp + n + l * LANES, channel ? acc[r][l] : acc[r][l] * gate.kept[m + r]);
-  });
+  const int64_t next = p >= C ? p - C : p;
+  Ahead ahead = next_keys(a, w, p - C);
+  emit_across(keepers, Kp, s.dS, Vp, channel || !decays ? nullptr : gate.kept, s.wide, s.du, &ahead);
   if (a.du) {
     load_rows(gate_span(a.du + w.direction * a.B * a.T * a.H * a.V, a, w, p, a.V), rows, int(a.V), 1.0f, s.wide, Vp);
     for (int i = 0; i < C * Vp; i += LANES) store(s.du + i, load(s.du + i) + load(s.wide + i));
   }
-  float ones[C];
-  for (float& x : ones) x = 1.0f;
-  const int64_t next = p >= C ? p - C : p;
-  const Ahead ahead[] = {ahead_of(a.k, w, next, w.h, a.K), ahead_of(a.v, w, next, w.h, a.V)};
-  read_keys(s, s.dS, s.uT, normal ? ones : nullptr, s.dz, gate.kept, channel ? gate.kept_k : nullptr, s.dk, ahead, 2);
+  const Span dk = span(a.dk, w, p, w.h);
+  const bool direct = rows == C && !dk.bf16 && a.K == Kp && a.G == 1 && !normal && !decays && !a.delta && !add;
   // emit
   for (int64_t g = 0; g < a.G; ++g) {
     const int64_t h = w.h * a.G + g;
     load_rows(span(a.q, w, p, h), rows, int(a.K), a.scale, s.q, Kp);
-    load_grad(a, w, s, p, rows, h);
+    load_grad(a, w, s, p, rows, h, 1.0f);
     products(s.dn, Vp, s.uT, channel ? nullptr : gate.D, normal ? s.dd : nullptr, s.dP);
     const bool first = g == 0;
-    const Ahead queries[] = {ahead_of(a.grad, w, next, h, a.V), ahead_of(a.q, w, next, h, a.K)};
+    if (first) {
+      emit(u, Vp, s.dS, Kp, channel || !decays ? nullptr : gate.kept, channel ? nullptr : s.dP, LOWER_TRANSPOSED, s.q,
+           direct ? reinterpret_cast<float*>(dk.p) : s.dk, direct ? dk.step : Kp, direct && dk.stream);
+      float ones[C];
+      for (float& x : ones) x = 1.0f;
+      if (channel || normal) finish_read(s.dk, Kp, !normal ? nullptr : channel ? ones : gate.kept, s.dz, channel ? gate.kept_k : nullptr);
+    }
+    Ahead queries;
+    queries.also(span(a.grad, w, next, h), a.V).also(span(a.q, w, next, h), a.K);
     if (channel) {
       channel_products(s.q, s.kT, gate, w.leaving, Kp, w.own, s.P);
       keep_triangle(s.dP, w.own);
       channel_scatter(s.dP, s.q, gate, w.leaving, Kp, s.dk);
       scale_tile(s.q, gate.seen_k, s.q_seen, Kp);
       gather(s.P, true, s.dn, Vp, s.du);
-      carry(s.dS, Kp, Vp, 1.0f, first ? gate.across_k : nullptr, s.q_seen, false, s.dn, queries, 2);
+      carry(s.dS, Vp, Kp, {1.0f, nullptr, first ? gate.across_k : nullptr}, s.dn, false, s.q_seen, &queries);
       if (normal) carry_z(s.dz, Kp, 1.0f, first ? gate.across_k : nullptr, s.q_seen, s.dd);
     } else {
       products(s.q, Kp, s.kT, gate.D, nullptr, s.P);
-      gather(s.dP, true, s.q, Kp, s.dk);
+      if (!first) gather(s.dP, true, s.q, Kp, s.dk);
       gather(s.P, true, s.dn, Vp, s.du);
       const float across = first ? gate.across : 1.0f;
-      if (!decays) {
-        carry(s.dS, Kp, Vp, 1.0f, nullptr, s.q, false, s.dn, queries, 2);
-        if (normal) carry_z(s.dz, Kp, 1.0f, nullptr, s.q, s.dd);
-      } else {
-        float weight[C];
-        for (int r = 0; r < C; ++r) weight[r] = gate.seen[r] * s.dd[r];
-        scale_rows(s.dn, gate.seen, s.wide, Vp);
-        carry(s.dS, Kp, Vp, across, nullptr, s.q, false, s.wide, queries, 2);
-        if (normal) carry_z(s.dz, Kp, across, nullptr, s.q, weight);
+      if (decays) {
+        for (int r = 0; r < C; ++r) s.dd[r] *= gate.seen[r];
+        scale_rows(s.q, gate.seen, s.q_seen, Kp);
       }
+      carry(s.dS, Vp, Kp, {across}, s.dn, false, decays ? s.q_seen : s.q, &queries);
+      if (normal) carry_z(s.dz, Kp, across, nullptr, s.q, s.dd);
     }
   }
   if (a.delta) {  // write: du becomes the gradient of v
@@ -249,8 +262,8 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
     for (int r = 0; r < C; ++r) minus[r] = -beta[r];
     scale_rows(s.dP, minus, s.dP, C);  // beta · dM
     scale_rows(s.du, beta, s.du, Vp);
-    transpose(s.du, Vp, C, Vp, s.dnT, C);
-    read_keys(s, s.S, s.dnT, nullptr, nullptr, gate.seen, channel ? gate.seen_k : nullptr, s.dk_read);
+    emit(s.du, Vp, s.S, Kp, channel ? nullptr : gate.seen, nullptr, ALL, nullptr, s.dk_read, Kp);
+    if (channel) finish_read(s.dk_read, Kp, nullptr, nullptr, gate.seen_k);
     for (int i = 0; i < C * Kp; i += LANES) store(s.dk_read + i, -load(s.dk_read + i));
     if (channel) {
       channel_gather(s.dP, s.k, gate, w.leaving, Kp, s.dk_read);
@@ -261,11 +274,14 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
       gather(s.dP, true, s.k, Kp, s.dk);
     }
     for (int i = 0; i < C * Kp; i += LANES) store(s.k_seen + i, -load(s.k_seen + i));
-    carry(s.dS, Kp, Vp, 1.0f, nullptr, s.k_seen, false, s.du);
+    carry(s.dS, Vp, Kp, {1.0f}, s.du, false, s.k_seen);
   }
   if (decays) {  // gate: q·dq and k·dk_read pull the clock up, k·dk pulls it down; then a sum from the end
     if (channel)
       load_rows(gate_span(a.dg + w.direction * a.B * a.T * a.H * a.K, a, w, p, a.K), rows, int(a.K), 1.0f, s.stash, Kp);
+    alignas(64) float k_dk[C], k_read[C] = {};
+    if (!channel) dots(s.k, s.dk, Kp, k_dk);
+    if (!channel && a.delta) dots(s.k, s.dk_read, Kp, k_read);
     for (int r = rows - 1; r >= 0; --r) {
       const int64_t at = dg_index(a, w, w.token(p + r));
       if (channel) {
@@ -276,29 +292,25 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
           running[c] += e;
         }
       } else {
-        const float e = a.dg[at] + (a.delta ? dot(s.k + r * Kp, s.dk_read + r * Kp, Kp) : 0.0f) - dot(s.k + r * Kp, s.dk + r * Kp, Kp);
+        const float e = a.dg[at] + k_read[r] - k_dk[r];
         a.dg[at] = w.leaving ? running[0] : running[0] + e;
         running[0] += e;
       }
     }
   }
   for (int i = 0; i < C * Kp && a.delta; i += LANES) store(s.dk + i, load(s.dk + i) + load(s.dk_read + i));
-  store_rows(s.dk, Kp, rows, int(a.K), 1.0f, span(a.dk, w, p, w.h), add);
+  if (!direct) store_rows(s.dk, Kp, rows, int(a.K), 1.0f, dk, add);
   store_rows(s.du, Vp, rows, int(a.V), 1.0f, span(a.dv, w, p, w.h), add);
   if (a.dbkv && p % a.stride == 0) {
     const int64_t mark = ((w.direction * a.B + w.b) * a.rows + w.boundary + p / a.stride) * a.H + w.h;
     for (int c = 0; c < a.K; ++c)
-      for (int i = 0; i < a.V; ++i) s.dS[c * Vp + i] += a.dbkv[(mark * a.K + c) * a.V + i];
+      for (int i = 0; i < a.V; ++i) s.dS[i * Kp + c] += a.dbkv[(mark * a.K + c) * a.V + i];
     for (int c = 0; c < a.K && a.dbz; ++c) s.dz[c] += a.dbz[mark * a.K + c];
   }
 }
 
-STAGE void query_walk(const Backward& a, Walk w, Gradients& s, bool add) {
-  for (int64_t p = 0; p < w.length; p += C, w.h -= a.width)
-    for (int i = 0; i < a.width; ++i, ++w.h) {
-      s.select(i);
-      query_chunk(a, w, s, p, add);
-    }
+STAGE void query_walk(const Backward& a, const Walk& w, Gradients& s, bool add) {
+  each_chunk(a, w, s, [&](const Walk& at, int64_t p, int) { query_chunk(a, at, s, p, add); });
 }
 
 STAGE void key_walk(const Backward& a, Walk w, Gradients& s, bool add) {
@@ -309,17 +321,63 @@ STAGE void key_walk(const Backward& a, Walk w, Gradients& s, bool add) {
     }
 }
 
+// As whole_forward: dq reads the sum of all writes, dk and dv the sum of all reads, and neither has a part inside the chunk.
+static void whole_backward(const Backward& a, Job job, Gradients& s) {
+  const Walk w = make_walk(a, job, 0);
+  const int Kp = s.Kp, Vp = s.Vp;
+  const bool normal = a.normalize != PLAIN;
+  __builtin_memset(s.all_S, 0, s.state * a.width * 4), __builtin_memset(s.all_dS, 0, s.state * a.width * 4);
+  __builtin_memset(s.all_z, 0, size_t(Kp) * a.width * 4), __builtin_memset(s.all_dz, 0, size_t(Kp) * a.width * 4);
+  each_chunk(a, w, s, [&](const Walk& at, int64_t p, int rows) {
+    load_chunk(a, at, s, p, rows, NOTHING, false);
+    Ahead ahead = next_keys(a, at, p + C);
+    carry_transposed(a, s, s.v, normal, &ahead);
+  });
+  add_entering(a, job, true, false, s, s.all_S, s.all_z, a.kv, a.z, a.seg_kv, a.seg_z, nullptr, nullptr);
+  each_chunk(a, w, s, [&](const Walk& at, int64_t p, int rows) {
+    for (int64_t h = at.h * a.G; h < (at.h + 1) * a.G; ++h) {
+      load_grad(a, at, s, p, rows, h, a.scale);
+      load_rows(span(a.q, at, p, h), rows, int(a.K), 1.0f, s.q, Kp);
+      Ahead ahead;
+      if (p + C < w.length) ahead.also(span(a.grad, at, p + C, h), a.V).also(span(a.q, at, p + C, h), a.K);
+      emit(s.dn, Vp, s.S, Kp, nullptr, nullptr, ALL, nullptr, s.dq, Kp, false, &ahead);
+      if (normal) finish_read(s.dq, Kp, s.dd, s.z, nullptr);
+      store_rows(s.dq, Kp, rows, int(a.K), 1.0f, span(a.dq, at, p, h), false);
+      carry(s.dS, Vp, Kp, {1.0f}, s.dn, false, s.q);
+      if (normal) carry_z(s.dz, Kp, 1.0f, nullptr, s.q, s.dd);
+    }
+  });
+  add_entering(a, job, true, true, s, s.all_dS, s.all_dz, a.dkv_out, a.dz_out, a.seg_dkv, a.seg_dz, a.dkv, a.dz);
+  float ones[C];
+  for (float& x : ones) x = 1.0f;
+  each_chunk(a, w, s, [&](const Walk& at, int64_t p, int rows) {
+    load_chunk(a, at, s, p, rows, NOTHING, false);
+    Ahead ahead = next_keys(a, at, p + C);
+    emit(s.v, Vp, s.dS, Kp, nullptr, nullptr, ALL, nullptr, s.dk, Kp, false, &ahead);
+    if (normal) finish_read(s.dk, Kp, ones, s.dz, nullptr);
+    store_rows(s.dk, Kp, rows, int(a.K), 1.0f, span(a.dk, at, p, at.h), false);
+    transpose(s.k, Kp, C, Kp, s.kT, C);
+    emit_across(s.kT, Kp, s.dS, Vp, nullptr, s.wide, s.du);
+    store_rows(s.du, Vp, rows, int(a.V), 1.0f, span(a.dv, at, p, at.h), false);
+  });
+}
+
 static void backward_job(const Backward& a, Job job, float* scratch) {
   Scratch take{scratch};
   Gradients s(a, take);
+  if (!a.causal && a.decay == NONE && !a.delta && !a.dbkv && !a.du) {
+    whole_backward(a, job, s);
+    return drain();
+  }
   for (int direction = 0; direction < (a.causal ? 1 : 2); ++direction) {
     const Walk w = make_walk(a, job, direction);
-    enter(a, w, job, s.all_S, s.all_z, a.kv, a.z, a.seg_kv, a.seg_z);
+    enter(a, w, job, true, s.all_S, s.all_z, a.kv, a.z, a.seg_kv, a.seg_z);
     query_walk(a, w, s, direction == 1);
-    enter(a, w, job, s.all_dS, s.all_dz, a.dkv_out, a.dz_out, a.seg_dkv, a.seg_dz);
+    enter(a, w, job, true, s.all_dS, s.all_dz, a.dkv_out, a.dz_out, a.seg_dkv, a.seg_dz);
     key_walk(a, w, s, direction == 1);
-    if (job.segment == (w.reverse ? a.segments - 1 : 0)) leave(a, w, job, s.all_dS, s.all_dz, a.dkv, a.dz);
+    if (job.segment == (w.reverse ? a.segments - 1 : 0)) leave(a, w, job, true, s.all_dS, s.all_dz, a.dkv, a.dz);
   }
+  drain();
 }
 
 // What a segment adds to the gradient of the state that enters it.
@@ -337,23 +395,23 @@ static void backward_aggregate(const Backward& a, Job job, float* scratch) {
         const int64_t h = w.h * a.G + g;
         const float across = g == 0 ? s.gate.across : 1.0f;
         load_rows(span(a.q, w, p, h), rows, int(a.K), a.scale, s.q, s.Kp);
-        load_grad(a, w, s, p, rows, h);
+        load_grad(a, w, s, p, rows, h, 1.0f);
         if (a.decay == CHANNEL) {
           scale_tile(s.q, s.gate.seen_k, s.q_seen, s.Kp);
-          carry(s.dS, s.Kp, s.Vp, 1.0f, g ? nullptr : s.gate.across_k, s.q_seen, false, s.dn);
+          carry(s.dS, s.Kp, s.Vp, {1.0f, g ? nullptr : s.gate.across_k}, s.q_seen, false, s.dn);
           carry_z(s.dz, s.Kp, 1.0f, g ? nullptr : s.gate.across_k, s.q_seen, s.dd);
         } else {
           float weight[C];
           for (int r = 0; r < C; ++r) weight[r] = s.gate.seen[r] * s.dd[r];
           scale_rows(s.dn, s.gate.seen, s.wide, s.Vp);
-          carry(s.dS, s.Kp, s.Vp, across, nullptr, s.q, false, s.wide);
+          carry(s.dS, s.Kp, s.Vp, {across}, s.q, false, s.wide);
           carry_z(s.dz, s.Kp, across, nullptr, s.q, weight);
         }
       }
     }
     const int64_t at = segment_index(a, w, job);
-    store_state(s.dS, s.Vp, int(a.K), int(a.V), a.seg_dkv + at * a.K * a.V);
-    store_state(s.dz, s.Kp, 1, int(a.K), a.seg_dz + at * a.K);
+    store_state(s.dS, int(a.K), int(a.V), false, a.seg_dkv + at * a.K * a.V);
+    __builtin_memcpy(a.seg_dz + at * a.K, s.dz, size_t(a.K) * 4);
   }
 }
 

@@ -108,7 +108,7 @@ Tensor make(const Tensor& like, std::vector<int64_t> shape, std::optional<Scalar
     bytes *= size_t(shape[i]);
   }
   AtenTensorHandle handle;
-  if (bytes >= 2 * Pages::SMALLEST && torch_from_blob) {
+  if (bytes >= Pages::SMALLEST && torch_from_blob) {
     bytes = (bytes + Pages::SMALLEST - 1) / Pages::SMALLEST * Pages::SMALLEST;
     void* p = pages().take(bytes);
     const auto release = [](void* block, void* size) { pages().give(block, reinterpret_cast<size_t>(size)); };
@@ -126,6 +126,13 @@ const float* read(const Tensor& x) { return x.const_data_ptr<float>(); }
 
 Rows rows_of(const Tensor& x) {
   return {static_cast<char*>(const_cast<void*>(x.const_data_ptr())), x.scalar_type() == ScalarType::BFloat16, x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// Of an output. Rows a vector can be streamed to: float32, from blocks of ours, and no cache would hold them until they are read.
+Rows output_rows(const Tensor& x) {
+  Rows rows = rows_of(x);
+  rows.stream = !rows.bf16 && x.size(3) % 16 == 0 && size_t(rows.p) % 64 == 0 && x.numel() >= int64_t(4) << 20;
+  return rows;
 }
 
 // A thread's scratch outlives the call, so that its pages are faulted in once.
@@ -254,7 +261,7 @@ Seven forward(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& g,
   Tensor bkv = torch::stable::new_zeros(q, {D, a.B, a.rows, a.H, a.K, a.V}, ScalarType::Float);
   Tensor bz = torch::stable::new_zeros(q, {D, a.B, normal ? a.rows : 0, a.H, a.K}, ScalarType::Float);
   Tensor u = make(q, {D, a.B, writes ? a.T : 0, a.H, a.V});
-  a.o = rows_of(o);
+  a.o = output_rows(o);
   a.kv_out = floats(kv_out), a.z_out = floats(z_out), a.d = floats(d);
   a.bkv = stride ? floats(bkv) : nullptr, a.bz = floats(bz), a.u = writes ? floats(u) : nullptr;
   Segments seg(a);
@@ -283,7 +290,7 @@ Seven backward(const Tensor& grad, const Tensor& dkv_out, const Tensor& dz_out, 
   Tensor dg = !g ? make(q, {0}) : a.decay == CHANNEL ? make(q, {D, a.B, a.T, a.H, a.K}) : make(q, {D, a.B, a.T, a.H});
   Tensor dbeta = beta ? make(q, {D, a.B, a.T, a.H}) : make(q, {0});
   Tensor dkv = make(q, {D, a.sequences, a.H, a.K, a.V}), dz = make(q, {D, a.sequences, a.H, a.K});
-  a.o = rows_of(o), a.grad = rows_of(grad), a.dq = rows_of(dq), a.dk = rows_of(dk), a.dv = rows_of(dv);
+  a.o = rows_of(o), a.grad = rows_of(grad), a.dq = output_rows(dq), a.dk = output_rows(dk), a.dv = output_rows(dv);
   a.d = const_cast<float*>(read(d));
   a.dkv_out = read(dkv_out), a.dz_out = read(dz_out), a.du = read(du);
   a.dbkv = stride ? read(dbkv) : nullptr, a.dbz = dbz && dbz->numel() ? read(dbz) : nullptr;

@@ -35,10 +35,11 @@ struct Span {
   char* p;
   bool bf16;
   int64_t step;  // elements from row to row
+  bool stream = false;
 };
 
 INLINE Span span(const Rows& x, const Walk& w, int64_t position, int64_t h) {
-  return {x.p + (w.b * x.b + w.token(position) * x.t + h * x.h) * (x.bf16 ? 2 : 4), x.bf16, w.step() * x.t};
+  return {x.p + (w.b * x.b + w.token(position) * x.t + h * x.h) * (x.bf16 ? 2 : 4), x.bf16, w.step() * x.t, x.stream};
 }
 
 template <class T>
@@ -73,23 +74,36 @@ STAGE void load_rows(Span x, int rows, int width, float factor, float* tile, int
 }
 
 STAGE void store_rows(const float* tile, int ld, int rows, int width, float factor, Span y, bool add) {
+  if (y.stream && !add) {
+    for (int r = 0; r < rows; ++r)
+      for (int i = 0; i < width; i += LANES) stream(reinterpret_cast<float*>(y.p) + r * y.step + i, load(tile + r * ld + i) * factor);
+    return;
+  }
   for (int r = 0; r < rows; ++r) store_row(tile + r * ld, y.p + r * y.step * (y.bf16 ? 2 : 4), y.bf16, width, factor, add);
 }
 
-// Rows to be read soon. A core has a dozen or so misses in flight: they are asked for a few at a time, between register blocks.
+// Rows of the next chunk, of one tensor or two, asked for a line at a time, between products: a core has a dozen or so misses in flight,
+// and more at once would hold up the loads of the state.
 struct Ahead {
-  Span x;
-  int bytes;
-  // the rows that fall to [m, m + MR) of M blocks of work
-  INLINE_MEMBER void ask(int m, int MR, int M) const {
-    for (int r = m * C / M; r < (m + MR) * C / M; ++r)
-      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(x.p + r * x.step * (x.bf16 ? 2 : 4) + i, 0, 2);
+  const char* line[2];
+  int64_t jump[2];  // bytes from the end of a row to the next
+  int lines[2], done[2] = {}, rows[2] = {C, C}, count = 0;
+  INLINE_MEMBER Ahead& also(Span x, int64_t width) {
+    const int bytes = int(width) * (x.bf16 ? 2 : 4);
+    line[count] = x.p, lines[count] = (bytes + 63) / 64;
+    jump[count] = x.step * (x.bf16 ? 2 : 4) - lines[count] * 64;
+    ++count;
+    return *this;
+  }
+  INLINE_MEMBER void ask() {
+    for (int n = 0; n < count; ++n) {
+      if (!rows[n]) continue;
+      __builtin_prefetch(line[n], 0, 2);
+      line[n] += 64;
+      if (++done[n] == lines[n]) line[n] += jump[n], done[n] = 0, --rows[n];
+    }
   }
 };
-
-INLINE Ahead ahead_of(const Rows& x, const Walk& w, int64_t position, int64_t h, int64_t width) {
-  return {span(x, w, position, h), int(width) * (x.bf16 ? 2 : 4)};
-}
 
 // -- gate: the only part that knows the decay kinds ------------------------------------------------------------------------------------
 
@@ -102,7 +116,7 @@ struct Gate {
   float *a, *seen_k, *kept_k, *across_k;
 };
 
-enum Intra { TRIANGLE, NOTHING, FULL };
+enum Intra { TRIANGLE, NOTHING, FULL, WHOLE };  // WHOLE: the state is of all tokens, so there is nothing inside and nothing to carry
 
 // All fadings of a chunk from a_i = e^(log decay): a row of D is the row before it times one a. Only products of numbers <= 1, so that
 // neither a decay of -inf nor a long sum of them costs an accuracy that the token by token form would keep.
@@ -276,25 +290,29 @@ STAGE void solve(const float* M, bool transposed, float* u, int ld) {
 
 // -- carry -----------------------------------------------------------------------------------------------------------------------------
 
-// S = across · S + Σ_j x_j y_jᵀ; across is one number, or one per row of S. x is [C Kp], or [Kp C] if it comes transposed. One pass over S.
-STAGE void carry(float* S, int Kp, int Vp, float across, const float* across_k, const float* x, bool transposed, const float* y,
-                 const Ahead* ahead = nullptr, int count = 0) {
-  const long am = transposed ? C : 1, ak = transposed ? 1 : Kp;
-  blocks(Kp, Vp, [=]<int MR, int NV>(int m, int n) {
-    float* block = S + m * Vp + n;
+// S = across · S + Σ_j x_j y_jᵀ for S [M N]; `across` is one number, or one per row or column of S. x is [C M], or [M C] if it comes
+// transposed. One pass over S.
+struct Across {
+  float all;
+  const float *row = nullptr, *column = nullptr;
+};
+
+STAGE void carry(float* S, int M, int N, Across across, const float* x, bool transposed, const float* y, Ahead* ahead = nullptr) {
+  const long am = transposed ? C : 1, ak = transposed ? 1 : M;
+  blocks(M, N, [=]<int MR, int NV>(int m, int n) {
+    float* block = S + m * N + n;
     vec acc[MR][NV];
-    for (int i = 0; i < count && n == 0; ++i) ahead[i].ask(m, MR, Kp);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
-      const float a = across_k ? across_k[m + r] : across;
+      const float a = across.row ? across.row[m + r] : across.all;
 #pragma GCC unroll 4
-      for (int l = 0; l < NV; ++l) acc[r][l] = load(block + r * Vp + l * LANES) * a;
+      for (int l = 0; l < NV; ++l) acc[r][l] = load(block + r * N + l * LANES) * (across.column ? load(across.column + n + l * LANES) : splat(a));
     }
-    multiply(acc, C, x + m * am, am, ak, y + n, Vp);
+    multiply(acc, C, x + m * am, am, ak, y + n, N, ahead);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-      for (int l = 0; l < NV; ++l) store(block + r * Vp + l * LANES, acc[r][l]);
+      for (int l = 0; l < NV; ++l) store(block + r * N + l * LANES, acc[r][l]);
   });
 }
 
@@ -313,35 +331,77 @@ INLINE float dot(const float* x, const float* y, int n) {
   return sum(acc);
 }
 
-// out_i = fade_i · x_i S + Σ_j P[i][j] u_j with P full, lower triangular (or absent); fade null for ones.
-STAGE void emit(const float* x, int Kp, const float* S, int Vp, const float* fade, const float* P, bool triangular, const float* u, float* out,
-                int64_t ldo, const Ahead* ahead = nullptr) {
-  blocks(C, Vp, [=]<int MR, int NV>(int m, int n) {
+// out_r = x_r · y_r, rows of `ld`: summed across lanes for a block of rows at once.
+STAGE void dots(const float* x, const float* y, int ld, float* out) {
+  for (int block = 0; block < C; block += LANES) {
+    vec acc[LANES];
+    for (int r = 0; r < LANES; ++r) {
+      acc[r] = vec{};
+      for (int i = 0; i < ld; i += LANES) acc[r] += load(x + (block + r) * ld + i) * load(y + (block + r) * ld + i);
+    }
+    transpose_block(acc);
+    vec all = acc[0];
+#pragma GCC unroll 16
+    for (int r = 1; r < LANES; ++r) all += acc[r];
+    store(out + block, all);
+  }
+}
+
+enum Shape { ALL, LOWER, LOWER_TRANSPOSED };
+
+// out_i = fade_i · x_i S + Σ_j P[i][j] u_j for S [M N], with P full, lower triangular, the transpose of that, or absent; fade null for ones.
+STAGE void emit(const float* x, int M, const float* S, int N, const float* fade, const float* P, Shape shape, const float* u, float* out,
+                int64_t ldo, bool streams = false, Ahead* ahead = nullptr) {
+  blocks(C, N, [=]<int MR, int NV>(int m, int n) {
     vec acc[MR][NV] = {};
-    if (ahead && n == 0) ahead->ask(m, MR, C);
-    multiply(acc, Kp, x + m * Kp, Kp, 1, S + n, Vp);
+    multiply(acc, M, x + m * M, M, 1, S + n, N, ahead);
     if (fade)
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
         for (int l = 0; l < NV; ++l) acc[r][l] *= fade[m + r];
-    if (P) multiply(acc, triangular ? m + MR : C, P + m * C, C, 1, u + n, Vp);
+    if (P && shape == LOWER_TRANSPOSED)  // column m starts at row m
+      multiply(acc, C - m, P + m * C + m, 1, C, u + m * N + n, N);
+    else if (P)
+      multiply(acc, shape == LOWER ? m + MR : C, P + m * C, C, 1, u + n, N);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-      for (int l = 0; l < NV; ++l) store(out + (m + r) * ldo + n + l * LANES, acc[r][l]);
+      for (int l = 0; l < NV; ++l) {
+        float* to = out + (m + r) * ldo + n + l * LANES;
+        streams ? stream(to, acc[r][l]) : store(to, acc[r][l]);
+      }
   });
+}
+
+// out_i = fade_i · S x_i for S [M N], x transposed, [N C]: as `emit`, against the grain of S. wide is scratch, [M C].
+STAGE void emit_across(const float* xT, int N, const float* S, int M, const float* fade, float* wide, float* out, Ahead* ahead = nullptr) {
+  blocks(M, C, [=]<int MR, int NV>(int m, int n) {
+    vec acc[MR][NV] = {};
+    multiply(acc, N, S + m * N, N, 1, xT + n, C, ahead);
+    for (int r = 0; r < MR; ++r)
+      for (int l = 0; l < NV; ++l) store(wide + (m + r) * C + n + l * LANES, fade ? acc[r][l] * load(fade + n + l * LANES) : acc[r][l]);
+  });
+  transpose(wide, C, M, C, out, M);
 }
 
 INLINE float denominator(float d, Normalize kind, float eps) { return kind == SUM ? d + eps : d < eps ? eps : d; }
 
-// Contiguous [rows width] in memory to and from padded [rows_p ld] tiles.
-STAGE void load_state(const float* from, int rows, int width, float* to, int rows_p, int ld) {
-  for (int r = 0; r < rows_p; ++r)
-    for (int i = 0; i < ld; ++i) to[r * ld + i] = r < rows && i < width ? from[r * width + i] : 0.0f;
+// A contiguous [K V] state in memory to and from a padded tile, [Kp Vp] or, where `transposed`, [Vp Kp].
+STAGE void load_state(const float* from, int K, int V, bool transposed, float* to) {
+  const int Kp = pad(K), Vp = pad(V);
+  if (transposed && K == Kp && V == Vp) return transpose(from, V, K, V, to, K);
+  for (int r = 0; r < Kp; ++r)
+    for (int i = 0; i < Vp; ++i) to[transposed ? i * Kp + r : r * Vp + i] = r < K && i < V ? from[r * V + i] : 0.0f;
 }
-STAGE void store_state(const float* from, int ld, int rows, int width, float* to) {
-  for (int r = 0; r < rows; ++r) __builtin_memcpy(to + r * width, from + r * ld, size_t(width) * 4);
+STAGE void store_state(const float* from, int K, int V, bool transposed, float* to) {
+  const int Kp = pad(K), Vp = pad(V);
+  if (transposed && K == Kp && V == Vp) return transpose(from, K, V, K, to, V);
+  for (int r = 0; r < K; ++r)
+    for (int i = 0; i < V; ++i) to[r * V + i] = from[transposed ? i * Kp + r : r * Vp + i];
+}
+STAGE void load_row_sums(const float* from, int K, float* to) {
+  for (int r = 0; r < pad(K); ++r) to[r] = r < K ? from[r] : 0.0f;
 }
 
 }  // namespace linattn::LINATTN_ISA

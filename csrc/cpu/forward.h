@@ -9,18 +9,20 @@ struct Tiles {
   float *q, *k, *kT, *k_seen, *q_seen, *v, *u, *w, *P, *M, *o;
   float *S, *z;              // of the head at hand
   float *all_S, *all_z;      // of all heads walked side by side
+  float *spare, *spare_z;    // one state more
   Gate gate;
   Tiles(const Call& a, Scratch& s) : Kp(pad(a.K)), Vp(pad(a.V)) {
     q = s.take(C * Kp), k = s.take(C * Kp), kT = s.take(C * Kp), k_seen = s.take(C * Kp), q_seen = s.take(C * Kp);
     v = s.take(C * Vp), u = s.take(C * Vp), w = s.take(C * Vp), o = s.take(C * Vp);
     P = s.take(C * C), M = s.take(C * C);
     all_S = s.take(size_t(Kp) * Vp * a.width), all_z = s.take(size_t(Kp) * a.width);
+    spare = s.take(size_t(Kp) * Vp), spare_z = s.take(Kp);
     gate.a = s.take(C * Kp), gate.seen_k = s.take(C * Kp), gate.kept_k = s.take(C * Kp), gate.across_k = s.take(Kp);
     select(0);
   }
   static size_t floats(const Call& a) {
     const size_t Kp = pad(a.K), Vp = pad(a.V);
-    return C * (8 * Kp + 4 * Vp + 2 * C) + (Kp * Vp + Kp) * a.width + Kp + 64;
+    return C * (8 * Kp + 4 * Vp + 2 * C) + (Kp * Vp + Kp) * (a.width + 1) + Kp + 64;
   }
   void select(int i) { S = all_S + size_t(i) * Kp * Vp, z = all_z + size_t(i) * Kp; }
 };
@@ -54,9 +56,26 @@ INLINE void load_chunk(const Call& a, const Walk& w, Tiles& s, int64_t p, int ro
   set_gate(s.gate, a, w, p, rows, intra, right_leaving, s.Kp);
 }
 
+// f(walk, position, rows) for every chunk of every head that is walked side by side.
+template <class T, class F>
+INLINE void each_chunk(const Call& a, Walk w, T& s, F&& f) {
+  for (int64_t p = 0; p < w.length; p += C, w.h -= a.width)
+    for (int i = 0; i < a.width; ++i, ++w.h) {
+      s.select(i);
+      f(w, p, least(C, w.length - p));
+    }
+}
+
+INLINE Ahead next_keys(const Call& a, const Walk& w, int64_t position) {
+  Ahead ahead;
+  if (position >= 0 && position < w.length) ahead.also(span(a.k, w, position, w.h), a.K).also(span(a.v, w, position, w.h), a.V);
+  return ahead;
+}
+
 // write: u = beta (v − (faded S)ᵀ k − what earlier tokens of the chunk wrote), by M = beta_i (k_i·k_j) e^(ℓ_i − ℓ_j), strictly lower.
 // Leaves in A the same without beta, in w the bracket without the chunk's own part, for the gradients.
-STAGE void delta_write(const Call& a, const Walk& w, Tiles& s, int64_t p, int rows, float* beta, float* A) {
+// `transposed`: S is [Vp Kp].
+STAGE void delta_write(const Call& a, const Walk& w, Tiles& s, int64_t p, int rows, bool transposed, float* beta, float* A) {
   for (int r = 0; r < C; ++r) beta[r] = r < rows ? a.beta[(w.b * a.T + w.token(p + r)) * a.H + w.h] : 0.0f;
   if (a.decay == CHANNEL) {
     channel_products(s.k, s.kT, s.gate, w.leaving, s.Kp, 0.0f, A);
@@ -66,7 +85,12 @@ STAGE void delta_write(const Call& a, const Walk& w, Tiles& s, int64_t p, int ro
     keep_triangle(A, 0.0f);
     scale_rows(s.k, s.gate.seen, s.k_seen, s.Kp);
   }
-  emit(s.k_seen, s.Kp, s.S, s.Vp, nullptr, nullptr, false, nullptr, s.w, s.Vp);
+  if (transposed) {
+    transpose(s.k_seen, s.Kp, C, s.Kp, s.q_seen, C);
+    emit_across(s.q_seen, s.Kp, s.S, s.Vp, nullptr, s.o, s.w);
+  } else {
+    emit(s.k_seen, s.Kp, s.S, s.Vp, nullptr, nullptr, ALL, nullptr, s.w, s.Vp);
+  }
   for (int i = 0; i < C * s.Vp; i += LANES) store(s.w + i, load(s.v + i) - load(s.w + i));
   scale_rows(s.w, beta, s.u, s.Vp);
   scale_rows(A, beta, s.M, C);
@@ -74,17 +98,17 @@ STAGE void delta_write(const Call& a, const Walk& w, Tiles& s, int64_t p, int ro
 }
 
 // carry: S and z take in the chunk. Its keys, in k or, where that is at hand, transposed in kT, are faded in place: nobody reads them after.
-INLINE void carry_chunk(const Call& a, Tiles& s, const float* u, bool normal, bool transposed, const Ahead* ahead = nullptr, int count = 0) {
+INLINE void carry_chunk(const Call& a, Tiles& s, const float* u, bool normal, bool keys_transposed, Ahead* ahead = nullptr) {
   const Gate& g = s.gate;
   if (a.decay == CHANNEL) {
     scale_tile(s.k, g.kept_k, s.k, s.Kp);
-    carry(s.S, s.Kp, s.Vp, 0, g.across_k, s.k, false, u, ahead, count);
+    carry(s.S, s.Kp, s.Vp, {0, g.across_k}, s.k, false, u, ahead);
     if (normal) carry_z(s.z, s.Kp, 0, g.across_k, s.k, nullptr);
     return;
   }
   if (normal) carry_z(s.z, s.Kp, g.across, nullptr, s.k, g.kept);
-  if (a.decay != NONE) transposed ? scale_columns(s.kT, s.Kp, g.kept) : scale_rows(s.k, g.kept, s.k, s.Kp);
-  carry(s.S, s.Kp, s.Vp, g.across, nullptr, transposed ? s.kT : s.k, transposed, u, ahead, count);
+  if (a.decay != NONE) keys_transposed ? scale_columns(s.kT, s.Kp, g.kept) : scale_rows(s.k, g.kept, s.k, s.Kp);
+  carry(s.S, s.Kp, s.Vp, {g.across}, keys_transposed ? s.kT : s.k, keys_transposed, u, ahead);
 }
 
 // Row sums of the chunk's queries; on the last walk over a row, its numerator, whole by then, is divided by them.
@@ -109,17 +133,21 @@ INLINE void forward_chunk(const Forward& a, const Walk& w, Tiles& s, int64_t p, 
   const int Kp = s.Kp, Vp = s.Vp;
   const bool normal = a.normalize != PLAIN, channel = a.decay == CHANNEL;
   const int64_t next = p + rows < w.length ? p + rows : p;
-  load_chunk(a, w, s, p, rows, intra, a.gating != TARGET);
+  const bool inside = intra == TRIANGLE || intra == FULL;
+  if (intra == WHOLE)
+    set_gate(s.gate, a, w, p, rows, NOTHING, false, Kp);
+  else
+    load_chunk(a, w, s, p, rows, intra, a.gating != TARGET);
   if (a.bkv && p % a.stride == 0) {
     const int64_t at = ((w.direction * a.B + w.b) * a.rows + w.boundary + p / a.stride) * a.H + w.h;
-    store_state(s.S, Vp, int(a.K), int(a.V), a.bkv + at * a.K * a.V);
-    if (normal) store_state(s.z, Kp, 1, int(a.K), a.bz + at * a.K);
+    store_state(s.S, int(a.K), int(a.V), false, a.bkv + at * a.K * a.V);
+    if (normal) __builtin_memcpy(a.bz + at * a.K, s.z, size_t(a.K) * 4);
   }
   const float* u = s.v;
-  if (a.delta || intra != NOTHING) transpose(s.k, Kp, C, Kp, s.kT, C);
+  if (a.delta || inside) transpose(s.k, Kp, C, Kp, s.kT, C);
   if (a.delta) {
     float beta[C], A[C * C];
-    delta_write(a, w, s, p, rows, beta, A);
+    delta_write(a, w, s, p, rows, false, beta, A);
     u = s.u;
   }
   if (a.u) store_rows(u, Vp, rows, int(a.V), 1.0f, gate_span(a.u + w.direction * a.B * a.T * a.H * a.V, a, w, p, a.V), false);
@@ -130,20 +158,22 @@ INLINE void forward_chunk(const Forward& a, const Walk& w, Tiles& s, int64_t p, 
       scale_tile(s.q, s.gate.seen_k, s.q_seen, Kp);
       reader = s.q_seen;
       channel_products(s.q, s.kT, s.gate, w.leaving, Kp, w.own, s.P);
-    } else if (intra != NOTHING) {
+    } else if (inside) {
       products(s.q, Kp, s.kT, s.gate.D, nullptr, s.P);
     }
     const Span o = span(a.o, w, p, h);
     const bool direct = rows == C && !o.bf16 && a.V == Vp && !normal && !add;  // straight to memory, without the tile
-    const Ahead ahead = ahead_of(a.q, w, next, h, a.K);
-    emit(reader, Kp, s.S, Vp, channel || a.decay == NONE ? nullptr : s.gate.seen, intra == NOTHING ? nullptr : s.P, intra == TRIANGLE, u,
-         direct ? reinterpret_cast<float*>(o.p) : s.o, direct ? o.step : Vp, &ahead);
+    Ahead queries;
+    queries.also(span(a.q, w, next, h), a.K);
+    emit(reader, Kp, s.S, Vp, channel || a.decay == NONE ? nullptr : s.gate.seen, inside ? s.P : nullptr,
+         intra == TRIANGLE ? LOWER : ALL, u, direct ? reinterpret_cast<float*>(o.p) : s.o, direct ? o.step : Vp, direct && o.stream, &queries);
     if (direct) continue;
-    if (normal) normalize(a, w, s, p, rows, h, reader, intra != NOTHING, add, finish);
+    if (normal) normalize(a, w, s, p, rows, h, reader, inside, add, finish);
     store_rows(s.o, Vp, rows, int(a.V), 1.0f, o, add && !(normal && finish));
   }
-  const Ahead ahead[] = {ahead_of(a.k, w, next, w.h, a.K), ahead_of(a.v, w, next, w.h, a.V)};
-  carry_chunk(a, s, u, normal, a.delta || intra != NOTHING, ahead, 2);
+  if (intra == WHOLE) return;
+  Ahead ahead = next_keys(a, w, p + rows);
+  carry_chunk(a, s, u, normal, a.delta || inside, &ahead);
 }
 
 STAGE void forward_walk(const Forward& a, Walk w, Tiles& s, Intra intra, bool add, bool finish) {
@@ -160,32 +190,75 @@ STAGE void forward_walk(const Forward& a, Walk w, Tiles& s, Intra intra, bool ad
   }
 }
 
-// What enters a job's span in a direction: the segment's incoming state, or the sequence's.
-INLINE void enter(const Call& a, const Walk& w, Job job, float* S, float* z, const float* kv0, const float* z0, const float* seg_kv,
-                  const float* seg_z) {
+// What enters a job's span in a direction: the segment's incoming state, or the sequence's. `transposed` as in load_state.
+INLINE void enter(const Call& a, const Walk& w, Job job, bool transposed, float* S, float* z, const float* kv0, const float* z0,
+                  const float* seg_kv, const float* seg_z) {
   const int Kp = pad(a.K), Vp = pad(a.V);
   for (int i = 0; i < a.width; ++i, ++job.h) {
     const int64_t at = a.segments > 1 ? segment_index(a, w, job) : state_index(a, w, job);
-    load_state((a.segments > 1 ? seg_kv : kv0) + at * a.K * a.V, int(a.K), int(a.V), S + size_t(i) * Kp * Vp, Kp, Vp);
-    load_state((a.segments > 1 ? seg_z : z0) + at * a.K, 1, int(a.K), z + size_t(i) * Kp, 1, Kp);
+    load_state((a.segments > 1 ? seg_kv : kv0) + at * a.K * a.V, int(a.K), int(a.V), transposed, S + size_t(i) * Kp * Vp);
+    load_row_sums((a.segments > 1 ? seg_z : z0) + at * a.K, int(a.K), z + size_t(i) * Kp);
   }
 }
 
-INLINE void leave(const Call& a, const Walk& w, Job job, const float* S, const float* z, float* kv_out, float* z_out) {
+INLINE void leave(const Call& a, const Walk& w, Job job, bool transposed, const float* S, const float* z, float* kv_out, float* z_out) {
   const int Kp = pad(a.K), Vp = pad(a.V);
   for (int i = 0; i < a.width; ++i, ++job.h) {
     const int64_t at = state_index(a, w, job);
-    store_state(S + size_t(i) * Kp * Vp, Vp, int(a.K), int(a.V), kv_out + at * a.K * a.V);
-    if (z_out) store_state(z + size_t(i) * Kp, Kp, 1, int(a.K), z_out + at * a.K);
+    store_state(S + size_t(i) * Kp * Vp, int(a.K), int(a.V), transposed, kv_out + at * a.K * a.V);
+    if (z_out) __builtin_memcpy(z_out + at * a.K, z + size_t(i) * Kp, size_t(a.K) * 4);
   }
 }
 
 // The last segment of a walk hands its state to the caller.
 INLINE bool is_last(const Call& a, const Walk& w, Job job) { return job.segment == (w.reverse ? 0 : a.segments - 1); }
 
+// Without decay and write rule both directions are one sum over all tokens. Given in S and z what the span adds to it, put there the sum that
+// every token of the span reads; what leaves in a direction is what entered plus what the span adds. `backward`: the same of gradients.
+STAGE void add_entering(const Call& a, Job job, bool transposed, bool backward, Tiles& s, float* S, float* z, const float* kv0, const float* z0,
+                        const float* seg_kv, const float* seg_z, float* kv_out, float* z_out) {
+  const size_t state = size_t(s.Kp) * s.Vp;
+  for (int i = 0; i < a.width; ++i, ++job.h, S += state, z += s.Kp) {
+    const auto add_from = [&](int d, float* to, float* to_z, const float* more, const float* more_z) {
+      const Walk w = make_walk(a, job, d);
+      const int64_t at = a.segments > 1 ? segment_index(a, w, job) : state_index(a, w, job);
+      load_state((a.segments > 1 ? seg_kv : kv0) + at * a.K * a.V, int(a.K), int(a.V), transposed, s.spare);
+      load_row_sums((a.segments > 1 ? seg_z : z0) + at * a.K, int(a.K), s.spare_z);
+      for (size_t c = 0; c < state; c += LANES) store(to + c, load(more + c) + load(s.spare + c));
+      for (int c = 0; c < s.Kp; c += LANES) store(to_z + c, load(more_z + c) + load(s.spare_z + c));
+      return state_index(a, w, job);
+    };
+    for (int d = 0; d < 2; ++d) {
+      if (!kv_out || job.segment != ((d == 1) != backward ? 0 : a.segments - 1)) continue;
+      const int64_t at = add_from(d, s.spare, s.spare_z, S, z);
+      store_state(s.spare, int(a.K), int(a.V), transposed, kv_out + at * a.K * a.V);
+      if (z_out) __builtin_memcpy(z_out + at * a.K, s.spare_z, size_t(a.K) * 4);
+    }
+    for (int d = 0; d < 2; ++d) add_from(d, S, z, S, z);
+  }
+}
+
+static void whole_forward(const Forward& a, Job job, Tiles& s) {
+  const Walk w = make_walk(a, job, 0);
+  const bool normal = a.normalize != PLAIN;
+  __builtin_memset(s.all_S, 0, size_t(s.Kp) * s.Vp * a.width * 4);
+  __builtin_memset(s.all_z, 0, size_t(s.Kp) * a.width * 4);
+  each_chunk(a, w, s, [&](const Walk& at, int64_t p, int rows) {
+    load_chunk(a, at, s, p, rows, NOTHING, false);
+    Ahead ahead = next_keys(a, at, p + C);
+    carry_chunk(a, s, s.v, normal, false, &ahead);
+  });
+  add_entering(a, job, false, false, s, s.all_S, s.all_z, a.kv, a.z, a.seg_kv, a.seg_z, a.kv_out, normal ? a.z_out : nullptr);
+  forward_walk(a, w, s, WHOLE, false, true);
+}
+
 static void forward_job(const Forward& a, Job job, float* scratch) {
   Scratch take{scratch};
   Tiles s(a, take);
+  if (!a.causal && a.decay == NONE && !a.delta && !a.stride && !a.u) {
+    whole_forward(a, job, s);
+    return drain();
+  }
   // bidirectional: the walk from the right leaves its part in o, the walk from the left adds its own and finishes.
   // An additive write needs the scores inside a chunk once, for both directions; a channel decay or a delta write, once for each;
   // so do recorded boundaries, which count from each end.
@@ -193,10 +266,11 @@ static void forward_job(const Forward& a, Job job, float* scratch) {
   for (int direction = a.causal ? 0 : 1; direction >= 0; --direction) {
     Walk w = make_walk(a, job, direction);
     if (once) w.own = 1.0f;
-    enter(a, w, job, s.all_S, s.all_z, a.kv, a.z, a.seg_kv, a.seg_z);
+    enter(a, w, job, false, s.all_S, s.all_z, a.kv, a.z, a.seg_kv, a.seg_z);
     forward_walk(a, w, s, !once ? TRIANGLE : w.reverse ? NOTHING : FULL, !a.causal && !w.reverse, direction == 0);
-    if (is_last(a, w, job)) leave(a, w, job, s.all_S, s.all_z, a.kv_out, a.normalize != PLAIN ? a.z_out : nullptr);
+    if (is_last(a, w, job)) leave(a, w, job, false, s.all_S, s.all_z, a.kv_out, a.normalize != PLAIN ? a.z_out : nullptr);
   }
+  drain();
 }
 
 // What a segment adds to a state, and how a state fades across it, in both directions at one pass over k and v each.
@@ -214,8 +288,8 @@ static void forward_aggregate(const Forward& a, Job job, float* scratch) {
       carry_chunk(a, s, s.v, true, false);
       for (int c = 0; c < a.K; ++c) a.seg_fade[at * a.K + c] *= a.decay == CHANNEL ? s.gate.across_k[c] : s.gate.across;
     }
-    store_state(s.S, s.Vp, int(a.K), int(a.V), a.seg_kv + at * a.K * a.V);
-    store_state(s.z, s.Kp, 1, int(a.K), a.seg_z + at * a.K);
+    store_state(s.S, int(a.K), int(a.V), false, a.seg_kv + at * a.K * a.V);
+    __builtin_memcpy(a.seg_z + at * a.K, s.z, size_t(a.K) * 4);
   }
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -30,6 +30,25 @@ INLINE vec load(const float* p) {
   return x;
 }
 INLINE void store(float* p, vec x) { __builtin_memcpy(p, &x, sizeof x); }
+
+// To memory past the caches; p is aligned to a vector. `drain` before another thread may read it.
+INLINE void stream(float* p, vec x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)x);
+#elif defined(__x86_64__)
+  _mm_stream_ps(p, (__m128)x);
+#else
+  store(p, x);
+#endif
+}
+INLINE void drain() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 INLINE vec splat(float x) { return x - vec{}; }
 
 INLINE ivec iota() {
@@ -137,20 +156,29 @@ STAGE void transpose(const float* in, int ldi, int M, int N, float* out, int ldo
     }
 }
 
+struct Nothing {
+  INLINE_MEMBER void ask() {}
+};
+
 // -- small dense products: everything the chunk skeleton multiplies ------------------------------------------------------------------
 
-// acc[m][n] += Σ_k A[m·am + k·ak] · B[k·ldb + n]: a register block, A broadcast, B in vectors.
-template <int MR, int NV>
-INLINE void multiply(vec (&acc)[MR][NV], int depth, const float* A, long am, long ak, const float* B, long ldb) {
-  for (int k = 0; k < depth; ++k) {
-    vec b[NV];
+// acc[m][n] += Σ_k A[m·am + k·ak] · B[k·ldb + n]: a register block, A broadcast, B in vectors. `depth` is a multiple of 4; every 4 products
+// `ahead`, if there is one, asks for a line of memory.
+template <int MR, int NV, class Ahead = Nothing>
+INLINE void multiply(vec (&acc)[MR][NV], int depth, const float* A, long am, long ak, const float* B, long ldb, Ahead* ahead = nullptr) {
+  for (int four = 0; four < depth; four += 4) {
+    if (ahead) ahead->ask();
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) b[n] = load(B + k * ldb + n * LANES);
+    for (int k = four; k < four + 4; ++k) {
+      vec b[NV];
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; ++n) b[n] = load(B + k * ldb + n * LANES);
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
-      const float a = A[m * am + k * ak];
+      for (int m = 0; m < MR; ++m) {
+        const float a = A[m * am + k * ak];
 #pragma GCC unroll 4
-      for (int n = 0; n < NV; ++n) acc[m][n] += a * b[n];
+        for (int n = 0; n < NV; ++n) acc[m][n] += a * b[n];
+      }
     }
   }
 }
