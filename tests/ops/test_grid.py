@@ -7,6 +7,8 @@ import pytest
 import torch
 from cases import DECAYS, DIRECTIONS, NORMALIZERS, PRESENT, RECORDS, Case, check, instruction_set, pairwise, takes, whole
 
+import linattn
+
 NARROW = (torch.float32, torch.bfloat16)
 AXES = {
     "decay": DECAYS,
@@ -61,6 +63,35 @@ def test_a_long_row_of_one_head(decay, delta, direction, backend):
     """Where a kernel cuts one row into segments. Eager in float64 stands for the oracle, as `test_pairs_of_the_grid` allows."""
     case = Case(decay=decay, delta=delta, direction=direction, T=4099, B=1, H=1, widths=(16, 16), record=RECORDS[3], stride=64)
     check(case, backend, whole(case, backend), whole(case, "eager"), whole(case, "eager", double=True))
+
+
+@pytest.mark.parametrize("isa", ["plain", "avx512"])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("normalize", NORMALIZERS)
+def test_both_directions_without_decay_are_one_sum(normalize, heads, isa):
+    """Of one row in segments, and of rows side by side."""
+    case = Case(decay="none", direction="source", normalize=normalize, T=1100, B=1, H=heads, widths=(16, 32), groups=2, record=())
+    with instruction_set(isa):
+        check(case, "cpu", whole(case, "cpu"), whole(case, "eager"), whole(case, "eager", double=True))
+
+
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+@pytest.mark.parametrize("decay", [None, "scalar"])
+def test_outputs_too_large_for_the_caches(decay, isa):
+    """From 4 Mi numbers on they are stored another way; a quarter of them is not."""
+    q, k, v = (torch.randn(4, 4100, 4, 64, requires_grad=True) for _ in range(3))
+    given = (q, k, v) if decay is None else (q, k, v, torch.full((4, 4100, 4), -0.1, requires_grad=True))
+    grad = torch.randn(4, 4100, 4, 64)
+
+    def results(*tensors):
+        o, _ = linattn.linear_attention(*tensors, backend="cpu")
+        return o, *torch.autograd.grad(o, tensors, grad[: len(o)])  # those of the first quarter do not depend on the others
+
+    with instruction_set(isa):
+        whole = results(*given)
+        quarter = results(*(x[:1].detach().requires_grad_() for x in given))
+    for all_of_it, part in zip(whole, quarter):
+        torch.testing.assert_close(all_of_it[:1], part, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("isa", ["plain", "avx2"])
