@@ -118,8 +118,12 @@ class Mixer(nn.Module):
             raise ValueError("a layer of two curves, or of a sequence in several processes, cannot be probed")
         if self.second_decay is not None:
             return self._along_both(x, q, k, v, beta, cu_seqlens, mask, _two(curves, x.shape[1])), None
-        k, v, log_decay = self._write(self.decay, x, k, v, cu_seqlens, mask, start)
         how = dict(normalize=self.variant.normalize, scale=self.variant.scale, offset=self.variant.offset, backend=self.backend)
+        if mask is not None and how["offset"]:  # the constant key is one more channel, which padding must not have either
+            scale = self.key_dim**-0.5 if how["scale"] is None else how["scale"]
+            q, k = F.pad(q, (0, 1), value=how["offset"] / scale), F.pad(k, (0, 1), value=1.0)
+            how |= dict(scale=scale, offset=0.0)
+        k, v, log_decay = self._write(self.decay, x, k, v, cu_seqlens, mask, start)
         how |= dict(causal=self.causal, gating=self.gating)
         if shard is not None:
             return shard.attend(q, k, v, log_decay, beta, how), None

@@ -249,3 +249,10 @@ def test_a_feature_map_may_be_a_module_and_widen_keys():
     assert state.recurrent.kv.shape[-2] == 2 * layer.key_dim
     first, state = layer(x[:, :7], return_state=True)
     close(torch.cat([first, layer(x[:, 7:], state)[0]], 1), whole, 1e-5)
+
+
+def test_padding_has_no_constant_key():
+    """Where the similarity has an offset, every real token, and no other, adds to the normaliser."""
+    layer = make(replace(VARIANTS["linear"], offset=2.0), torch.float64, causal=False)
+    x, mask = torch.randn(1, 9, DIM, dtype=torch.float64), torch.tensor([[1, 1, 0, 1, 0, 0, 1, 1, 0]]).bool()
+    close(layer(x, mask=mask)[0][:, mask[0]], layer(x[:, mask[0]])[0], 1e-9)
