@@ -1,17 +1,21 @@
 """See, measure and edit what a state remembers: `linattn.probe`, what it keeps, and what can be told from that."""
 
 from .edits import duals, without_key_direction, without_value_direction, written
-from .measures.geometry import MinibatchCKA, cka, difference_of_means, lidar, linear_map, rankme
-from .measures.states import half_life, interference, offsets, ranks, surprise, survival, trajectory, transition, write_strength
+from .measures.fitted import Curve, LinearProbe, ProbeResult, layer_curve, leace, random_keys
+from .measures.geometry import MinibatchCKA, cka, difference_of_means, lidar, linear_map, rankme, rsa
+from .measures.states import half_life, interference, lens, offsets, ranks, surprise, survival, trajectory, transition, write_strength
 from .probe import probe
 from .reduce import HalfLife, Moments, Saturation, Sketch, participation_ratio
 from .storage import Traces, load
 from .trace import Snapshot, Trace
 
 __all__ = [
+    "Curve",
     "HalfLife",
+    "LinearProbe",
     "MinibatchCKA",
     "Moments",
+    "ProbeResult",
     "Saturation",
     "Sketch",
     "Snapshot",
@@ -22,14 +26,19 @@ __all__ = [
     "duals",
     "half_life",
     "interference",
+    "layer_curve",
+    "leace",
+    "lens",
     "lidar",
     "linear_map",
     "load",
     "offsets",
     "participation_ratio",
     "probe",
+    "random_keys",
     "rankme",
     "ranks",
+    "rsa",
     "surprise",
     "survival",
     "trajectory",

@@ -4,11 +4,47 @@ import torch
 from torch import Tensor
 
 
-def cka(X: Tensor, Y: Tensor) -> Tensor:
-    """Linear CKA of X [n a] and Y [n b]: ‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖), centred; 1 up to rotation and scale. arXiv:1905.00414."""
+def cka(X: Tensor, Y: Tensor, rbf: float | None = None) -> Tensor:
+    """CKA of X [n a] and Y [n b], 1 up to rotation and scale: ‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖), centred. arXiv:1905.00414.
+
+    rbf: None, linear; else of the kernel exp(−‖x − x'‖² / 2σ²) with σ this share of the median distance. tr K̃L̃ / (‖K̃‖ ‖L̃‖) then.
+    """
     _same_rows(X, Y)
-    X, Y = X - X.mean(0), Y - Y.mean(0)
-    return (Y.mT @ X).square().sum() / ((X.mT @ X).norm() * (Y.mT @ Y).norm())
+    if rbf is None:
+        X, Y = X - X.mean(0), Y - Y.mean(0)
+        return (Y.mT @ X).square().sum() / ((X.mT @ X).norm() * (Y.mT @ Y).norm())
+    K, L = (_centred(gram(Z, rbf)) for Z in (X, Y))
+    return (K * L).sum() / (K.norm() * L.norm())
+
+
+def gram(X: Tensor, rbf: float | None = None) -> Tensor:
+    """[n n] of X [n d]: X Xᵀ, or with rbf exp(−‖x − x'‖² / 2σ²), σ = rbf · the median distance of different rows."""
+    if rbf is None:
+        return X @ X.mT
+    if not rbf > 0:
+        raise ValueError(f"rbf must be above 0, a share of the median distance; got {rbf!r}")
+    median = torch.pdist(X).median()
+    if not median > 0:
+        raise ValueError("X and Y must have rows that differ: more than half of the distances are 0")
+    return torch.exp(-torch.cdist(X, X).square() / (2 * (rbf * median) ** 2))
+
+
+def _centred(K: Tensor) -> Tensor:
+    return K - K.mean(0) - K.mean(1, keepdim=True) + K.mean()
+
+
+def rsa(X: Tensor, Y: Tensor, distance: str = "correlation") -> float:
+    """Spearman's correlation of the distances between rows of X [n a] with those of Y [n b]: representational similarity analysis.
+
+    distance: "correlation" (1 − Pearson's of two rows), "euclidean", or another of scipy's pdist. Kriegeskorte et al. 2008.
+    """
+    _same_rows(X, Y)
+    if len(X) < 3:
+        raise ValueError(f"X must have at least 3 rows; got {len(X)}")
+    from scipy.spatial.distance import pdist
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(*(pdist(Z.detach().double().cpu().numpy(), distance) for Z in (X, Y))).statistic)
 
 
 class MinibatchCKA:
@@ -17,14 +53,15 @@ class MinibatchCKA:
     Batches below about 256 rows, or of rows that belong together, are biased upwards.
     """
 
-    def __init__(self):
+    def __init__(self, rbf: float | None = None):
+        self.rbf = rbf  # as in `cka`; σ is then each batch's own
         self.sums = [0.0, 0.0, 0.0]
 
     def update(self, X: Tensor, Y: Tensor) -> None:
         _same_rows(X, Y)
         if len(X) < 4:
             raise ValueError(f"X must have at least 4 rows; got {len(X)}")
-        K, L = X @ X.mT, Y @ Y.mT
+        K, L = gram(X, self.rbf), gram(Y, self.rbf)
         self.sums = [s + hsic1(*pair).item() for s, pair in zip(self.sums, ((K, L), (K, K), (L, L)))]
 
     def result(self) -> float:

@@ -1,11 +1,11 @@
 """What a state tells of itself: how long it remembers, how full it is, what still stands in it, and who disturbs whom."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..reduce import participation_ratio
 from ..trace import Direction, Trace
@@ -139,3 +139,32 @@ def offsets(trace: Trace, rows: Sequence[int], around: Tensor, reach: int = 4) -
     inside = (where >= 0) & (where < a.shape[-1])
     found = a.gather(-1, where.clamp(0, a.shape[-1] - 1)) * inside
     return found.sum((0, 1)) / a.sum().clamp_min(torch.finfo(a.dtype).tiny)
+
+
+def lens(
+    model: nn.Module, trace: Trace, rows: Sequence[int], at: int, *, residual: Tensor | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """[B R vocab]: what the state after token `at` says to rows t > at, as logits: decode(residual + W_o (norm(Sᵀ r_t) · gate(x_t))).
+
+    r are the rows' readers, and the gate is theirs: without it the read-out is not the model's. residual [B R dim] is the stream that the
+    layer adds to (None: 0). decode: from the stream to logits; None: the model's last norm and output, as of a `Decoder`, past all later
+    layers, as the logit lens does. It trains nothing and so needs no control. ValueError for a layer that is not linattn's own.
+    """
+    trace.need("x", hint="inputs")
+    name = trace.name.rpartition(".")[0]
+    layer = dict(model.named_modules()).get(name)
+    if not all(hasattr(layer, part) for part in ("o_proj", "norm", "g_proj", "num_heads")):
+        raise ValueError(f"model has no layer {name!r} with norm, g_proj and o_proj, which the lens looks through: {type(model).__name__}")
+    if decode is None and not (hasattr(model, "norm") and hasattr(model, "logits")):
+        raise ValueError(f"decode must be given for a {type(model).__name__}, which has no norm and logits of its own")
+    r, S = trace.readers(rows, at), trace.state(at)
+    if r.shape[1] != layer.num_heads:
+        raise ValueError(f"trace must be of all heads, {layer.num_heads}; got {r.shape[1]}")
+    x = trace.x[:, [t - trace.first for t in rows]]
+    o = (r.to(S) @ S.repeat_interleave(r.shape[1] // S.shape[1], 1)).transpose(1, 2)  # [B R HQ V]
+    y = layer.o_proj(layer.norm(o.to(x), None if layer.g_proj is None else layer.g_proj(x)))
+    if residual is not None and residual.shape != y.shape:
+        raise ValueError(f"residual must be [B R dim] = {tuple(y.shape)}; got {tuple(residual.shape)}")
+    y = y if residual is None else residual + y
+    return model.logits(model.norm(y)) if decode is None else decode(y)
