@@ -188,6 +188,52 @@ def generate(
     )  # fmt: skip
 
 
+@app.command("probe")
+def probe_text(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a saved decoder, a run, or one of its checkpoints.")],
+    text: Annotated[str, typer.Option(help="What the model reads.")],
+    out: Annotated[Path, typer.Option(help="HTML file to write; one that is there is replaced.")] = Path("report.html"),
+    at: Annotated[int | None, typer.Option(help="Token whose state and attention are drawn.", show_default="the last")] = None,
+    threads: Threads = 0,
+    device: Device = "auto",
+    backend: Backend = "auto",
+) -> None:
+    """Write what every layer remembers of a text, as one HTML page with the figures in it: half-lives, ranks, states, attention."""
+    import torch
+
+    from . import probe
+    from .models import Decoder
+    from .probes import plots
+    from .train import checkpoint as checkpoints
+    from .train import engine, tokenizer
+
+    if threads:
+        torch.set_num_threads(threads)
+    if not out.absolute().parent.is_dir() or out.is_dir():
+        raise ValueError(f"out must be a file in a folder that is there; got {out}")
+    folder = checkpoints.find(checkpoint, _say_aside)
+    coder = tokenizer.load(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else tokenizer.Bytes()
+    ids = coder.encode([text.encode()])[0].tolist()
+    if not ids:
+        raise ValueError("text must be at least one token; got ''")
+    if at is not None and not 0 <= at < len(ids):
+        raise ValueError(f"at must be one of the text's {len(ids)} tokens, from 0; got {at}")
+    model = Decoder.from_pretrained(folder, backend=backend).to(engine.pick_device(device)).eval()
+    tokens = torch.tensor([ids], device=next(model.parameters()).device)
+    with torch.no_grad(), probe(model, keep=("final", "writes", "gates", "reads")) as p:
+        model(tokens)
+    words = [tokenizer.decode(coder, [i]).decode("utf-8", "backslashreplace") for i in ids]
+    config = model.config
+    facts = {
+        "model": f"{folder.name}: {config.variant}, {config.num_layers} layers, {sum(w.numel() for w in model.parameters()):,} parameters",
+        "text": f"{len(ids)} tokens ({coder.name})",
+        "drawn": f"token {len(ids) - 1 if at is None else at}, {words[-1 if at is None else at]!r}",
+    }
+    out.write_text(plots.page(p, words, title=f"What {folder.name} remembers", at=at, facts=facts), encoding="utf-8")
+    print(p.report())
+    print(f"{out}: {len(p)} layers, {out.stat().st_size:,} bytes")
+
+
 @app.command()
 def bench(
     preset: Preset = None,

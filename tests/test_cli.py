@@ -48,7 +48,7 @@ def trained(text, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["bench"], ["demo"], ["info"], ["build"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["probe"], ["bench"], ["demo"], ["info"], ["build"]])
 def test_help_reads(command):
     result = run(*command, "--help")
     assert result.exit_code == 0 and "Usage:" in result.output

@@ -6,6 +6,7 @@ from .measures.geometry import MinibatchCKA, cka, difference_of_means, lidar, li
 from .measures.states import half_life, interference, lens, offsets, ranks, surprise, survival, trajectory, transition, write_strength
 from .probe import probe
 from .reduce import HalfLife, Moments, Saturation, Sketch, participation_ratio
+from .report import Report
 from .storage import Traces, load
 from .trace import Snapshot, Trace
 
@@ -16,6 +17,7 @@ __all__ = [
     "MinibatchCKA",
     "Moments",
     "ProbeResult",
+    "Report",
     "Saturation",
     "Sketch",
     "Snapshot",

@@ -8,6 +8,7 @@ import torch
 
 from ..ops import State
 from .plan import Piece
+from .report import Report, report
 from .trace import Trace
 
 FORMAT = "linattn-trace-1"
@@ -95,3 +96,7 @@ class Traces:
 
     def save(self, path: str | Path) -> Path:
         return save(self.traces(), path)
+
+    def report(self) -> Report:
+        """One row per layer and head, of what was kept: half-life, ranks, norm, writes, delta rule, bytes. Prints as a table."""
+        return report(self.traces())

@@ -1,0 +1,172 @@
+"""The table says what the model's own states say, and the page holds its figures, shows its text, and loads nothing."""
+
+import base64
+import io
+import math
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import linattn
+from linattn import Decoder, cli, probes
+from linattn.layers import Mixer
+from linattn.layers.decays import Place
+from linattn.layers.variants import Variant
+
+TEXT = "To be, or not: <b>déjà $x$ vu</b> & 日本."
+
+
+def test_the_table_is_of_the_models_own_states(decoder, tokens):
+    model = decoder("retnet")
+    with torch.no_grad(), linattn.probe(model, keep=("final", "writes", "gates", "reads")) as p:
+        _, after = model(tokens, return_state=True)
+    table = p.report()
+    assert [(row.layer, row.head) for row in table.rows] == [(name, h) for name in p for h in range(2)]
+    for row, (layer, h) in zip(table.rows, [(0, 0), (0, 1), (1, 0), (1, 1)], strict=True):
+        S = after[layer].recurrent.kv[:, h].double()
+        eigen = torch.linalg.eigvalsh(S.mT @ S)
+        assert row.norm == pytest.approx(float(eigen.sum(-1).sqrt().mean()), rel=1e-4)
+        assert row.participation == pytest.approx(float((eigen.sum(-1) ** 2 / eigen.square().sum(-1)).mean()), rel=1e-4)
+        assert row.half_life == pytest.approx(math.log(0.5) / math.log(1 - 2.0 ** (-5 - h)), rel=1e-3)  # RetNet's constants
+        assert row.bytes == S[0].numel() * 4
+        assert row.beta is None and row.surprise is None and row.turned is None and row.side is None
+    lines = str(table).splitlines()
+    assert len(lines) == 5 and "half-life" in lines[0] and "surprise" not in lines[0]
+    assert f"{table.rows[2].norm:.3g}" in lines[3].split() and lines[3].startswith(list(p)[1])
+    assert table._repr_html_().count("<tr>") == 5
+
+
+def test_a_delta_rule_has_its_columns_and_padding_is_not_counted(decoder, tokens):
+    model = decoder("gated_delta")
+    with torch.no_grad(), linattn.probe(model, keep=("writes", "gates", "reads")) as p:
+        model(tokens)
+    row, trace = p.report().rows[1], p[0]
+    assert row.beta == pytest.approx(float(trace.beta[..., 1].mean()), rel=1e-5) and 0 <= row.turned <= 1 and row.surprise > 0
+    assert row.norm is None and row.bytes is None  # final was not kept
+
+    mixer = Mixer(Variant(source="test"), Place(8, 2, 4))
+    x, q, k, v = torch.randn(1, 9, 8), *torch.randn(3, 1, 9, 2, 4)
+    mask = torch.arange(9)[None] < 6
+    with torch.no_grad(), linattn.probe(mixer, keep="writes") as p:
+        mixer(x, q, k, v, mask=mask)
+    real = (k.norm(dim=-1) * v.norm(dim=-1))[:, :6].mean((0, 1))
+    assert [row.write for row in p.report().rows] == pytest.approx(real.tolist(), rel=1e-4)
+    assert all(row.half_life == math.inf for row in p.report().rows) and "∞" in str(p.report())
+
+
+def test_a_bidirectional_layer_has_a_row_for_each_side(tmp_path):
+    mixer = Mixer(Variant(source="test"), Place(8, 2, 4), causal=False, gating="source")
+    with torch.no_grad(), linattn.probe(mixer, keep=("final", "writes", "reads")) as p:
+        mixer(torch.randn(1, 9, 8), *torch.randn(3, 1, 9, 2, 4))
+    rows = p.report().rows
+    assert [(row.side, row.head) for row in rows] == [("left", 0), ("left", 1), ("right", 0), ("right", 1)]
+    assert [row.norm for row in rows] == pytest.approx(p[0].final[:, 0].norm(dim=(-2, -1)).flatten().tolist(), rel=1e-5)
+    p.save(tmp_path / "t.safetensors")
+    assert probes.load(tmp_path / "t.safetensors").report() == p.report()
+
+
+def test_nothing_to_report_is_said(decoder, tokens):
+    model = decoder()
+    with linattn.probe(model, keep="output") as p:
+        with pytest.raises(ValueError, match="nothing was kept"):
+            p.report()
+        model(tokens)
+    with pytest.raises(ValueError, match="keep must name 'final'"):
+        p.report()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    torch.manual_seed(0)
+    Decoder.create("tiny", vocab_size=257, variant="gated_delta", dim=32, num_layers=2, num_heads=2).save_pretrained(folder)
+    return folder
+
+
+def run(*args):
+    return CliRunner().invoke(cli.app, ["probe", *map(str, args), "--threads", "1", "--device", "cpu"], env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def written(saved):
+    pytest.importorskip("matplotlib")
+    out = saved.parent / "report.html"
+    result = run(saved, "--text", TEXT, "--at", 7, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "half-life" in result.output and "2 layers" in result.output
+    return out
+
+
+def test_the_page_holds_what_it_says(written):
+    from matplotlib.image import imread
+
+    page = written.read_text(encoding="utf-8")
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(images) == 1 + 2 * 2  # by layer; of each layer its states and its attention
+    for image in images:
+        pixels = imread(io.BytesIO(base64.b64decode(image)))
+        assert pixels.shape[0] > 100 and pixels.std() > 0.01
+    assert page.count("src=") == len(images) and "http:" not in page and "https:" not in page and "<script" not in page
+    assert page.count("<span") == 2 * len(TEXT.encode()) and page.count('class="at"') == 2
+    assert "<b>" not in page and "&lt;" in page
+    for text in re.findall(r'<div class="text">(.*?)</div>', page, re.S):
+        shares = [float(x) for x in re.findall(r"rgba\(200,85,61,([\d.]+)\)", text)]
+        assert max(shares) == 1 and len(shares) <= 8  # token 7 sees eight tokens and none that follows
+
+
+def test_what_is_drawn_is_what_was_kept(decoder, tokens):
+    pytest.importorskip("matplotlib")
+    from linattn.probes import plots
+
+    model = decoder()
+    with torch.no_grad(), linattn.probe(model, keep=("final", "writes", "reads")) as p:
+        model(tokens)
+    shown = plots.states(p[0], 40, sequence=1).axes[1].images[0].get_array()
+    assert torch.equal(torch.tensor(shown.data), p[0].state(40)[1, 1])
+    shown = plots.attention(p[1], 99).axes[0].images[0].get_array()
+    assert torch.equal(torch.tensor(shown.data), p[1].attention([99])[0, :, 0])
+    with pytest.raises(ValueError, match="words must be one for each of 100 tokens; got 1"):
+        plots.attention(p[0], 5, ["a"])
+    with pytest.raises(ValueError, match="sequence must be one of the 2"):
+        plots.states(p[0], sequence=2)
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--text", ""], "text must be at least one token"),
+        (["--text", "abc", "--at", "3"], "at must be one of the text's 3 tokens"),
+        (["--text", "abc", "--out", "no/such/folder/report.html"], "out must be a file in a folder that is there"),
+    ],
+)
+def test_bad_input_is_one_line(saved, args, said):
+    pytest.importorskip("matplotlib")
+    result = run(saved, *args)
+    assert result.exit_code == 2 and said in result.output
+
+
+def test_a_browser_shows_the_page(written):
+    """Under the page's own policy of loading nothing, but for the script by which the browser tells what it drew."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium on the PATH")
+    copy = written.with_name("told.html")
+    script = "<script>onload = () => document.title = [...document.images].filter(i => i.naturalWidth > 100).length + ' drawn'</script>"
+    page = written.read_text(encoding="utf-8").replace("default-src 'none';", "default-src 'none'; script-src 'unsafe-inline';", 1)
+    copy.write_text(page.replace("</body>", f"{script}</body>"), encoding="utf-8")
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={copy.parent / 'profile'}",
+        "--dump-dom",
+        copy.as_uri(),
+    ]
+    dom = subprocess.run(command, capture_output=True, timeout=120).stdout.decode()
+    assert "<title>5 drawn</title>" in dom
+    assert dom.count("<td>") == written.read_text(encoding="utf-8").count("<td>") > 0
