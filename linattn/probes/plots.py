@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .measures.fitted import Curve
 from .report import COLUMNS, Report
 from .storage import Traces
 from .trace import Direction, Trace
@@ -19,9 +20,11 @@ try:
 except ModuleNotFoundError:
     raise ValueError("plots of probes need matplotlib: pip install 'linattn[probe]'") from None
 
-SIGNED = "RdBu_r"
+SIGNED, UNSIGNED = "RdBu_r", "Reds"
 WORDS = 100  # more cannot be read under one row
 ACROSS = 8  # heads in a line
+TILES = 64  # of a pooled map, a side
+POOLED = 4096  # tokens; of more a page draws no pooled map, which takes time in their square
 RED = "#c8553d"
 
 
@@ -30,22 +33,16 @@ def states(trace: Trace, t: int | None = None, *, sequence: int = 0, direction: 
     t = _token(trace, t)
     S = trace.state(t, direction)
     S = S[_sequence(len(S), sequence)].detach().float().cpu()
-    columns, lines = min(len(S), ACROSS), -(-len(S) // ACROSS)
-    figure = Figure(figsize=(1.2 + 2 * columns, 0.6 + 2.2 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).flat
-    top = float(S.abs().max()) or 1.0
-    for h, axes in enumerate(grid):
-        if h >= len(S):
-            axes.set_axis_off()
-            continue
-        image = axes.imshow(S[h].numpy(), cmap=SIGNED, vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
-        axes.set_title(f"head {h}", fontsize=9)
-        axes.set_xlabel("value channel", fontsize=7)
-        axes.set_ylabel("key channel", fontsize=7)
-        axes.tick_params(labelsize=7)
-    figure.colorbar(image, ax=figure.axes, shrink=0.8)
-    figure.suptitle(f"{trace.name}: S after token {t}" + (f", from the {direction}" if direction else ""), fontsize=10, parse_math=False)
-    return figure
+    title = f"{trace.name}: S after token {t}" + (f", from the {direction}" if direction else "")
+    return _per_head(S, title, "value channel", "key channel", signed=True)
+
+
+def pooled(trace: Trace, block: int | None = None, *, sequence: int = 0) -> Figure:
+    """Σ |a_tj| over tiles of block × block tokens (None: so large that there are at most 64 a side), one map per head, who reads down."""
+    block = -(-trace.length // TILES) if block is None else block
+    a = trace.attention_pooled(block)
+    a = a[_sequence(len(a), sequence)].detach().float().cpu()
+    return _per_head(a, f"{trace.name}: Σ|a| over tiles of {block} × {block} tokens", "tile written", "tile reading", signed=False)
 
 
 def attention(trace: Trace, row: int | None = None, words: Sequence[str] | None = None, *, sequence: int = 0) -> Figure:
@@ -82,7 +79,11 @@ def by_layer(report: Report) -> Figure:
             axes.scatter(*zip(*points, strict=True), color=RED, alpha=0.5, s=16)
             axes.plot(*zip(*medians, strict=True), color=RED)
         never = sum(map(len, here)) - len(points)
-        title = COLUMNS[name][0] + (f" ({never} heads never forget)" if never else "") + ("" if any(here) else ": not kept")
+        title = (
+            f"{COLUMNS[name][0]} of heads, and their median"
+            + (f" ({never} heads never forget)" if never else "")
+            + ("" if any(here) else ": not kept")
+        )
         axes.set(xlabel="layer", ylabel=unit, title=title)
         axes.set_xticks(range(len(layers)))
         if name == "half_life" and points:
@@ -91,6 +92,26 @@ def by_layer(report: Report) -> Figure:
             axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(True, alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def curve(found: Curve) -> Figure:
+    """Score by layer of a fitted probe, its controls dashed and chance dotted beside it; without controls the title says so."""
+    results = list(found.results.values())
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([result.score for result in results], color=RED, marker="o", label="probe")
+    for name in dict.fromkeys(name for result in results for name in result.controls):
+        axes.plot([result.controls.get(name, math.nan) for result in results], linestyle="--", marker=".", label=name)
+    classes = results[0].classes is not None
+    if classes:
+        axes.plot([result.chance for result in results], color="#444444", linestyle=":", label="chance")
+    axes.set(xlabel="layer", ylabel="held-out accuracy" if classes else "held-out R²")
+    axes.set_title("" if any(result.controls for result in results) else "no control")
+    axes.set_xticks(range(len(results)))
+    axes.grid(True, alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
     return figure
 
 
@@ -103,7 +124,7 @@ th:first-child,td:first-child{text-align:left}img{max-width:100%}dt{font-weight:
 def page(
     traces: Traces, words: Sequence[str], *, title: str, at: int | None = None, sequence: int = 0, facts: dict[str, str] | None = None
 ) -> str:
-    """One HTML page: the table, half-life and rank by layer, and of every layer states and attention at token `at` (None: the last).
+    """One HTML page: the table, half-life and rank by layer, and of every layer states and attention, those at token `at` (None: the last).
 
     traces kept "final", "writes" and "reads"; words are the tokens as text, facts what else is to be said at the top. The figures are
     in the page, and its Content-Security-Policy forbids it to load anything.
@@ -119,6 +140,8 @@ def page(
         for direction in (None,) if trace.causal else ("left", "right"):
             parts.append(_image(states(trace, t, sequence=sequence, direction=direction), f"state of {name} after token {t}"))
         parts.append(_image(attention(trace, t, words, sequence=sequence), f"attention of token {t} in {name}"))
+        if trace.length <= POOLED:
+            parts.append(_image(pooled(trace, sequence=sequence), f"attention of all tokens in {name}"))
         parts.append(_coloured(words, _attention(trace, t, sequence).abs().mean(0), t))
     about = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in (facts or {}).items())
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -136,6 +159,32 @@ def _coloured(words: Sequence[str], weights: Tensor, at: int) -> str:
         style = f' style="background:rgba(200,85,61,{share:.2f})"' if share >= 0.01 else ""
         spans.append(f'<span{mark}{style} title="token {i}: {weight:.3g}">{html.escape(word)}</span>')
     return f'<p>Mean over heads of |a|, {weights.max():.3g} at the reddest:</p><div class="text">{"".join(spans)}</div>'
+
+
+def _per_head(maps: Tensor, title: str, across: str, down: str, *, signed: bool) -> Figure:
+    """Maps [H rows columns] side by side, on one scale."""
+    columns, lines = min(len(maps), ACROSS), -(-len(maps) // ACROSS)
+    figure = Figure(figsize=(1.2 + 2 * columns, 0.6 + 2.2 * lines), layout="constrained")
+    top = float(maps.abs().max()) or 1.0
+    for h, axes in enumerate(figure.subplots(lines, columns, squeeze=False).flat):
+        if h >= len(maps):
+            axes.set_axis_off()
+            continue
+        image = axes.imshow(
+            maps[h].numpy(),
+            cmap=SIGNED if signed else UNSIGNED,
+            vmin=-top if signed else 0,
+            vmax=top,
+            aspect="auto",
+            interpolation="nearest",
+        )
+        axes.set_title(f"head {h}", fontsize=9)
+        axes.set_xlabel(across, fontsize=7)
+        axes.set_ylabel(down, fontsize=7)
+        axes.tick_params(labelsize=7)
+    figure.colorbar(image, ax=figure.axes, shrink=0.8)
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    return figure
 
 
 def _image(figure: Figure, alt: str) -> str:

@@ -106,7 +106,7 @@ def test_the_page_holds_what_it_says(written):
 
     page = written.read_text(encoding="utf-8")
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert len(images) == 1 + 2 * 2  # by layer; of each layer its states and its attention
+    assert len(images) == 1 + 2 * 3  # by layer; of each layer its states, its attention, and that of all tokens
     for image in images:
         pixels = imread(io.BytesIO(base64.b64decode(image)))
         assert pixels.shape[0] > 100 and pixels.std() > 0.01
@@ -129,10 +129,26 @@ def test_what_is_drawn_is_what_was_kept(decoder, tokens):
     assert torch.equal(torch.tensor(shown.data), p[0].state(40)[1, 1])
     shown = plots.attention(p[1], 99).axes[0].images[0].get_array()
     assert torch.equal(torch.tensor(shown.data), p[1].attention([99])[0, :, 0])
+    maps = [torch.tensor(axes.images[0].get_array().data) for axes in plots.pooled(p[0], 10, sequence=1).axes[:2]]
+    exact = p[0].attention(range(100))[1].abs().unflatten(-1, (10, 10)).sum(-1).unflatten(1, (10, 10)).sum(2)
+    assert torch.allclose(torch.stack(maps), exact, atol=1e-5)
     with pytest.raises(ValueError, match="words must be one for each of 100 tokens; got 1"):
         plots.attention(p[0], 5, ["a"])
     with pytest.raises(ValueError, match="sequence must be one of the 2"):
         plots.states(p[0], sequence=2)
+
+
+def test_a_curve_is_drawn_with_its_controls():
+    pytest.importorskip("matplotlib")
+    from linattn.probes import plots
+
+    y = torch.arange(60) % 2
+    layers = {"a": torch.randn(60, 4), "b": torch.randn(60, 4) + 3 * y[:, None]}
+    found = probes.layer_curve(layers, y, untrained=dict.fromkeys(layers, torch.randn(60, 4)))
+    lines = {line.get_label(): list(line.get_ydata()) for line in plots.curve(found).axes[0].lines}
+    assert list(lines) == ["probe", *found.results["a"].controls, "chance"] and "untrained model" in lines
+    assert lines["probe"] == [found.results["a"].score, found.results["b"].score]
+    assert plots.curve(probes.layer_curve(layers, y, controls=())).axes[0].get_title() == "no control"
 
 
 @pytest.mark.parametrize(
@@ -168,5 +184,5 @@ def test_a_browser_shows_the_page(written):
         copy.as_uri(),
     ]
     dom = subprocess.run(command, capture_output=True, timeout=120).stdout.decode()
-    assert "<title>5 drawn</title>" in dom
+    assert "<title>7 drawn</title>" in dom
     assert dom.count("<td>") == written.read_text(encoding="utf-8").count("<td>") > 0
