@@ -120,9 +120,11 @@ def draw(path: Path, rows: list[dict]) -> None:
                 *zip(*line, strict=True), marker="o", markersize=3, linestyle="-" if mode == "forward" else "--", label=f"{variant}, {mode}"
             )
         axes.set(xlabel="patches", ylabel=unit, xscale="log", yscale="log")
+        axes.set_xticks(counts := sorted({row["tokens"] for row in rows}), counts)
+        axes.minorticks_off()
     for axes in figure.axes:
         axes.grid(True, alpha=0.25)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=130)
 
 

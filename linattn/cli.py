@@ -380,14 +380,16 @@ def _command() -> str:
 
 
 def _facts(threads: int) -> dict[str, Any]:
-    """What a record says of its making, besides the command."""
+    """What a record says of its making, besides the command; no folder of the machine either."""
     import torch
 
     from .info import facts
 
     if threads:
         torch.set_num_threads(threads)
-    return {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": _commit(), **facts()}
+    found = facts()
+    found["kernels"].pop("file", None)
+    return {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": _commit(), **found}
 
 
 def _commit() -> str:
