@@ -2,7 +2,19 @@
 
 from .edits import duals, without_key_direction, without_value_direction, written
 from .measures.fitted import Curve, LinearProbe, ProbeResult, layer_curve, leace, random_keys
-from .measures.geometry import MinibatchCKA, cka, difference_of_means, lidar, linear_map, rankme, rsa
+from .measures.geometry import (
+    MinibatchCKA,
+    alignment,
+    causal_inner_product,
+    cka,
+    difference_of_means,
+    ideal_words,
+    lidar,
+    linear_map,
+    rankme,
+    rsa,
+    uniformity,
+)
 from .measures.states import half_life, interference, lens, offsets, ranks, surprise, survival, trajectory, transition, write_strength
 from .probe import probe
 from .reduce import HalfLife, Moments, Saturation, Sketch, participation_ratio
@@ -23,10 +35,13 @@ __all__ = [
     "Snapshot",
     "Trace",
     "Traces",
+    "alignment",
+    "causal_inner_product",
     "cka",
     "difference_of_means",
     "duals",
     "half_life",
+    "ideal_words",
     "interference",
     "layer_curve",
     "leace",
@@ -45,6 +60,7 @@ __all__ = [
     "survival",
     "trajectory",
     "transition",
+    "uniformity",
     "without_key_direction",
     "without_value_direction",
     "write_strength",

@@ -111,3 +111,45 @@ def test_dimensions_directions_and_maps():
         probes.difference_of_means(low, torch.ones(200, dtype=torch.bool))
     X, A = randn(200, 16), randn(16, 5)
     assert torch.allclose(probes.linear_map(X, X @ A), A)
+
+
+def test_alignment_and_uniformity_of_points_on_a_circle():
+    X = torch.tensor([[1.0, 0], [0, 3.0]])
+    assert probes.alignment(X, 2 * X) == 0 and probes.alignment(X, -X).item() == pytest.approx(4)
+    assert probes.alignment(X, X.flip(0)).item() == pytest.approx(2)
+    assert probes.uniformity(torch.tensor([[1.0, 0], [-2.0, 0]])).item() == pytest.approx(-8)
+    assert probes.uniformity(torch.ones(5, 3)).abs().item() < 1e-5
+    with pytest.raises(ValueError, match="one width"):
+        probes.alignment(X, randn(2, 3))
+    with pytest.raises(ValueError, match="two rows or more"):
+        probes.uniformity(X[:1])
+
+
+def test_the_causal_inner_product_knows_no_basis():
+    """Words and directions in another basis, γ M, give the same products, and plain ones do not. Of a white vocabulary it is plain."""
+    words, U, V, M = randn(300, 6), randn(2, 6), randn(3, 6), randn(6, 6)
+    found = probes.causal_inner_product(U, V, words)
+    assert torch.allclose(found, probes.causal_inner_product(U @ M, V @ M, words @ M)) and not torch.allclose(U @ V.mT, U @ M @ (V @ M).mT)
+    assert torch.allclose(found, U @ torch.linalg.inv(words.mT.cov()) @ V.mT)
+    axes = torch.cat([torch.eye(3), -torch.eye(3)]).double() * math.sqrt(2.5)  # covariance 1
+    assert torch.allclose(probes.causal_inner_product(U[:, :3], V[:, :3], axes), U[:, :3] @ V[:, :3].mT)
+    with pytest.raises(ValueError, match="shrinkage must lie in"):
+        probes.causal_inner_product(U, V, words[:5])
+    assert probes.causal_inner_product(U, V, words[:5], 0.5).isfinite().all()
+    with pytest.raises(ValueError, match="vocab d"):
+        probes.causal_inner_product(U, V, words[:, :4])
+
+
+def test_ideal_words_of_a_sum_and_of_what_is_no_sum():
+    a, b = torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]]), torch.tensor([[0, 1.0, 0], [0, 2.0, 0], [0, -3.0, 0]])
+    factors = torch.cartesian_prod(torch.tensor([7, 9]), torch.arange(3))
+    X = 5 + a[(factors[:, 0] == 9).long()] + b[factors[:, 1]]
+    found = probes.ideal_words(X, factors)
+    assert found.explained == pytest.approx(1) and torch.allclose(found.mean, torch.tensor(5.0)) and found.levels[0].tolist() == [7, 9]
+    assert torch.allclose(found.words[0], a, atol=1e-5) and torch.allclose(found.words[1], b, atol=1e-5)
+    kept = torch.tensor([0, 0, 1, 2, 3, 5])  # not balanced: still a sum
+    assert probes.ideal_words(X[kept], factors[kept]).explained == pytest.approx(1)
+    parity = torch.tensor([[1.0], [-1], [-1], [1]])
+    assert probes.ideal_words(parity, torch.cartesian_prod(torch.arange(2), torch.arange(2))).explained == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="whole numbers"):
+        probes.ideal_words(X, factors.float())

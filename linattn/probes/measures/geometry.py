@@ -1,5 +1,7 @@
 """What two sets of activations have in common, how many dimensions one uses, and linear maps between them. Rows are samples."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -113,6 +115,69 @@ def linear_map(X: Tensor, Y: Tensor) -> Tensor:
     """A [a b] with X A ≈ Y in least squares, without intercept: mat's short cut from layer to layer, arXiv:2303.09435; n ≥ 10 · a rows."""
     _same_rows(X, Y)
     return torch.linalg.lstsq(X, Y).solution
+
+
+def alignment(X: Tensor, Y: Tensor) -> Tensor:
+    """Mean ‖x − y‖² between rows that belong together, on the unit sphere: 0 best, at most 4. X and Y [n d]; arXiv:2005.10242."""
+    _same_rows(X, Y)
+    if X.shape != Y.shape:
+        raise ValueError(f"X and Y must be of one width; got {X.shape[1]} and {Y.shape[1]}")
+    X, Y = (torch.nn.functional.normalize(Z, dim=-1) for Z in (X, Y))
+    return (X - Y).square().sum(-1).mean()
+
+
+def uniformity(X: Tensor, t: float = 2.0) -> Tensor:
+    """log of the mean of exp(−t ‖x − x'‖²) over pairs of rows [n d], on the unit sphere: the lower, the more evenly spread. As above."""
+    if X.ndim != 2 or len(X) < 2 or not t > 0:
+        raise ValueError(f"X must be [n d] with two rows or more, and t above 0; got {tuple(X.shape)} and t={t!r}")
+    d = torch.pdist(torch.nn.functional.normalize(X, dim=-1)).square()
+    return (-t * d).logsumexp(0) - torch.tensor(float(len(d))).log()
+
+
+def causal_inner_product(U: Tensor, V: Tensor, unembedding: Tensor, shrinkage: float = 0.0) -> Tensor:
+    """[u v]: U Cov(γ)⁻¹ Vᵀ for directions U [u d], V [v d] among the rows γ of `unembedding` [vocab d]. arXiv:2311.03658.
+
+    It stays the same under any change of basis of that space, where a plain cosine does not. shrinkage in [0, 1]: the share of the
+    covariance's mean eigenvalue in all directions that is mixed in, for vocabularies not much larger than d.
+    """
+    d = unembedding.shape[-1]
+    if not U.ndim == V.ndim == unembedding.ndim == 2 or U.shape[1] != d or V.shape[1] != d:
+        got = [tuple(X.shape) for X in (U, V, unembedding)]
+        raise ValueError(f"U, V and unembedding must be [u d], [v d] and [vocab d]; got {got}")
+    if not 0 <= shrinkage <= 1 or (not shrinkage and len(unembedding) <= d):
+        raise ValueError(f"shrinkage must lie in [0, 1], above 0 for {len(unembedding)} words of width {d}; got {shrinkage!r}")
+    C = unembedding.mT.cov()
+    C = (1 - shrinkage) * C + shrinkage * C.diag().mean() * torch.eye(d, dtype=C.dtype, device=C.device)
+    return U @ torch.linalg.solve(C, V.mT)
+
+
+class IdealWords(NamedTuple):
+    """X ≈ mean + Σ_f words[f][levels[f] == x's level], and how much of X that is."""
+
+    mean: Tensor  # [d]
+    words: list[Tensor]  # of each factor [its levels, d], of mean 0 over the rows
+    levels: list[Tensor]  # of each factor, what a row of `words` stands for
+    explained: float  # share of X's variance; the rest is how factors act on each other
+
+
+def ideal_words(X: Tensor, factors: Tensor) -> IdealWords:
+    """X [n d] as a sum of one vector for each of its factors [n f], whole numbers, by least squares. arXiv:2302.14383.
+
+    Of balanced factors a vector is the mean of its rows less the mean of all. Reads of a state that adds up pairs are additive but for
+    interference, which is what `explained` leaves.
+    """
+    if X.ndim != 2 or factors.ndim != 2 or len(X) != len(factors) or factors.is_floating_point() or not factors.numel():
+        got = f"{tuple(X.shape)} and {factors.dtype} {tuple(factors.shape)}"
+        raise ValueError(f"X and factors must be [n d] and whole numbers [n f] of the same samples; got {got}")
+    mean = X.mean(0)
+    found = [column.unique(return_inverse=True) for column in factors.to(X.device).unbind(1)]
+    hot = [torch.nn.functional.one_hot(index).to(X) for _, index in found]
+    H = torch.cat(hot, 1)
+    fitted = torch.linalg.pinv(H) @ (X - mean)
+    parts = fitted.split([h.shape[1] for h in hot])
+    words = [part - (h @ part).mean(0) for h, part in zip(hot, parts)]
+    left = (X - mean - H @ torch.cat(words)).square().sum() / (X - mean).square().sum().clamp_min(torch.finfo(X.dtype).tiny)
+    return IdealWords(mean, words, [levels for levels, _ in found], 1 - left.item())
 
 
 def _same_rows(X: Tensor, Y: Tensor) -> None:
