@@ -46,6 +46,16 @@ def test_two_classes_and_bool_labels():
         assert found.score > 0.98 and (found.predict(X) == (y == 1)).double().mean() > 0.98
 
 
+@KIND
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_control_may_be_left_with_fewer_classes(kind, classes):
+    """Two types have at most two labels, and here and there only one."""
+    X, y = labelled(300, classes=classes)
+    for seed in range(6):
+        found = LinearProbe(kind, seed=seed).fit(X, y, controls=("random labels",), types=(X[:, 0] > 0).long())
+        assert found.score > 0.95 and 0.6 < found.controls["random labels"] <= 1
+
+
 def test_numbers_are_fitted_by_the_closed_form_of_ridge():
     """y = X w + 2 exactly: R² → 1 and the map → w as the ridge goes; a strong one shrinks it by 1 / (1 + ridge) on white columns."""
     X, w = randn(5000, 6), randn(6, 2, seed=3)
@@ -72,9 +82,10 @@ def test_a_sparse_probe_names_the_columns(kind):
 
 def test_a_constant_column_is_no_trouble():
     X, y = labelled()
-    X[:, 0] = 5
-    found = LinearProbe().fit(X, y)
-    assert found.score > 0.98 and not found.weight[0].any() and found.weight.isfinite().all()
+    X[:, 0] = 0.1
+    for dtype in (torch.float64, torch.float32):
+        found = LinearProbe().fit(X.to(dtype), y)
+        assert found.score > 0.98 and not found.weight[0].any() and found.weight.isfinite().all()
 
 
 def test_groups_are_held_out_together_and_what_is_known_by_heart_shows():
@@ -145,6 +156,9 @@ def test_leace_takes_a_label_away_and_little_else():
         (lambda X, y: LinearProbe().fit(X, y[:, None]), r"y must be \[n\] where it holds classes"),
         (lambda X, y: LinearProbe().fit(X, y * 0), "two classes or more"),
         (lambda X, y: LinearProbe().fit(X / 0, y), "X must be finite"),
+        (lambda X, y: LinearProbe().fit(X, X[:, 0] / 0), "y must be finite"),
+        (lambda X, y: LinearProbe().fit(X, X[:, 0] * 0), "y must differ"),
+        (lambda X, y: LinearProbe().fit(X, y, against={"other": X / 0}), "finite, of the same 600"),
         (lambda X, y: LinearProbe().fit(X, y, controls=("none",)), "controls must be of"),
         (lambda X, y: LinearProbe().fit(X, y, against={"other": X[:5]}), r"against\['other'\]"),
         (lambda X, y: LinearProbe().fit(X, y, groups=y[:3]), "groups must be"),

@@ -82,7 +82,7 @@ class LinearProbe:
 
         controls  of the labels: "shuffled labels", y in another order; "random labels", y drawn anew for each of `types` [n] (None: row):
                   what it scores is learned by heart from the types, arXiv:1909.03368. () for none, and the result says so
-        against   by name other activations [n …] of the same samples: reads with `random_keys`, or an untrained model's
+        against   by name other activations [n d'] of the same samples: reads with `random_keys`, or an untrained model's
         groups    [n] whole numbers: rows of one, as those of one sequence, are held out together
         """
         X, y, classes = _samples(X, y)
@@ -94,8 +94,8 @@ class LinearProbe:
         if self.k is not None and self.k > X.shape[1]:
             raise ValueError(f"k must be at most the {X.shape[1]} columns of X; got {self.k}")
         for name, other in against.items():
-            if other.ndim != 2 or len(other) != len(X):
-                raise ValueError(f"against[{name!r}] must be [n d] of the same {len(X)} samples; got {tuple(other.shape)}")
+            if other.ndim != 2 or len(other) != len(X) or not other.isfinite().all():
+                raise ValueError(f"against[{name!r}] must be [n d], finite, of the same {len(X)} samples; got {tuple(other.shape)}")
         for name, ids in (("groups", groups), ("types", types)):
             if ids is not None and ids.shape != (len(X),):
                 raise ValueError(f"{name} must be [n] = ({len(X)},); got {tuple(ids.shape)}")
@@ -127,7 +127,8 @@ class LinearProbe:
     def _score(self, X, y, classes, train, test) -> tuple[float, Tensor, Tensor, Tensor]:
         Y = y if classes is None else torch.nn.functional.one_hot(y, len(classes)).to(X)
         mean, std = X[train].mean(0), X[train].std(0)
-        Z = (X - mean) / std.where(std > 0, torch.inf)  # a column that does not move tells nothing
+        std = std.where(std > 10 * torch.finfo(X.dtype).eps * mean.abs(), torch.inf)  # a column that does not move tells nothing
+        Z = (X - mean) / std
         features = torch.arange(X.shape[1], device=X.device)
         if self.k is not None:
             features = explained(Z[train], y[train], classes).topk(min(self.k, X.shape[1])).indices
@@ -139,7 +140,7 @@ class LinearProbe:
             left, there = (out - Y[test]).square().sum(), (Y[test] - Y[train].mean(0)).square().sum()
             score = 1 - (left / there.clamp_min(torch.finfo(X.dtype).tiny)).item()
         weight = X.new_zeros(X.shape[1], W.shape[1])
-        weight[features] = W / std[features].where(std[features] > 0, torch.inf)[:, None]
+        weight[features] = W / std[features, None]
         return score, weight, b - mean @ weight, features
 
     def _map(self, Z, Y, y) -> tuple[Tensor, Tensor]:
@@ -148,12 +149,15 @@ class LinearProbe:
             return torch.linalg.solve(Z.mT @ Z / len(Z) + self.ridge * eye, Z.mT @ (Y - Y.mean(0)) / len(Z)), Y.mean(0)
         from sklearn.linear_model import LogisticRegression
 
+        seen = y.unique()  # a control's labels may leave classes out: none of those is ever the guess
+        whole_W, whole_b = Z.new_zeros(Z.shape[1], Y.shape[1]), Z.new_full((Y.shape[1],), -torch.inf)
+        if len(seen) == 1:
+            whole_b[seen] = 0
+            return whole_W, whole_b
         fitted = LogisticRegression(C=1 / (self.ridge * len(Z)), max_iter=1000).fit(Z.cpu().numpy(), y.cpu().numpy())
         W, b = torch.as_tensor(fitted.coef_).to(Z), torch.as_tensor(fitted.intercept_).to(Z)
-        if len(W) == 1 and Y.shape[1] == 2:  # two classes have one row there
+        if len(seen) == 2:  # they have one row there
             W, b = torch.cat([-W, W]) / 2, torch.cat([-b, b]) / 2
-        whole_W, whole_b = Z.new_zeros(Z.shape[1], Y.shape[1]), Z.new_full((Y.shape[1],), -torch.inf)
-        seen = y.unique()  # labels drawn at random may leave a class out
         whole_W[:, seen], whole_b[seen] = W.mT, b
         return whole_W, whole_b
 
@@ -242,6 +246,10 @@ def _samples(X: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     if not X.isfinite().all():
         raise ValueError("X must be finite; got values that are not")
     if y.is_floating_point():
+        if not y.isfinite().all():
+            raise ValueError("y must be finite; got values that are not")
+        if (y == y[0]).all():
+            raise ValueError("y must differ between samples; got one value alone")
         y = y.detach().to(X)
         return X, y if y.ndim == 2 else y[:, None], None
     if y.ndim != 1:
