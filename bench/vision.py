@@ -34,6 +34,8 @@ def accuracy(variants: list[str], *, dataset: str, steps: int, seeds: int, overr
                     threads=1, save_every=steps, eval_every=max(1, steps // 5),
                 )  # fmt: skip
                 run = train(config, Path(folder), console=Console(quiet=True))
+            if run.stopped_by:
+                raise SystemExit(f"stopped by {run.stopped_by.name} in {variant} seed {seed}: no record")
             curve = [(row["step"], row["accuracy"]) for row in run.rows if row["accuracy"] is not None]
             rows.append(dict(variant=variant, seed=seed, accuracy=curve[-1][1], curve=curve, cpu_s=time.process_time() - began))
             say(f"{variant} seed {seed}: {curve[-1][1]:.4f} in {rows[-1]['cpu_s']:.0f} s of CPU")
