@@ -5,7 +5,6 @@ import torch
 
 
 def pytest_configure(config):
-    torch.set_num_threads(2)  # the kernels' splits over threads are tested on any machine, and figures do not depend on its size
     # Every torch.empty, in C++ too, comes filled with NaN: an output that a kernel forgets to write cannot pass.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -16,6 +15,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures, whatever the test before it has set
+def pytest_runtest_setup(item):
+    # Two for the operator: its splits over threads are tested on any machine. One for all else, whose tensors are too small to share.
+    torch.set_num_threads(2 if item.path.parent.name == "ops" else 1)
 
 
 @pytest.fixture(autouse=True)

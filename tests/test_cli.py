@@ -10,7 +10,6 @@ import sys
 import time
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from linattn import cli
@@ -21,15 +20,6 @@ ENV = {**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
 
 def run(*args):
     return CliRunner().invoke(cli.app, list(map(str, args)), env={"COLUMNS": "200"})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """What a run with --threads sets stays in this file."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -30,14 +30,14 @@ def save(model: nn.Module, config: Any, folder: Path) -> None:
         save_file(tensors, beside[WEIGHTS], metadata={"format": "pt", "config": text})
         beside[CONFIG].write_text(text)
         for path in beside.values():
-            _sync(path)
+            sync(path)
     except (OSError, SafetensorError) as error:
         for path in beside.values():
             path.unlink(missing_ok=True)
         raise OSError(f"could not save the model in {folder}: {error}; what was there before is as it was") from error
     for name, path in beside.items():
         path.replace(folder / name)
-    _sync(folder)
+    sync(folder)
 
 
 def read_config(folder: Path, kind: type[C]) -> C:
@@ -98,7 +98,8 @@ def _differences(slices: dict, parameters: dict[str, Tensor]) -> list[str]:
     return lines
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """What was written to the file or folder is on the disk when this returns."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,13 +1,13 @@
 """The only place that writes checkpoints: beside, synced, completed by a marker, then renamed. The newest complete one is never touched."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from ..models.storage import sync
 from .world import World
 
 MARKER, ALONE = "complete.json", World()
@@ -68,15 +68,15 @@ def _complete(root: Path, step: int, facts: dict, partial: Path) -> None:
     final = root / f"step-{step:08d}"
     sizes = {str(file.relative_to(partial)): file.stat().st_size for file in sorted(partial.rglob("*")) if file.is_file()}
     for name in sizes:
-        _sync(partial / name)
+        sync(partial / name)
     marker = partial / MARKER
     marker.write_text(json.dumps({"step": step, "files": sizes, "facts": facts}, indent=2) + "\n")
-    _sync(marker)
-    _sync(partial)
+    sync(marker)
+    sync(partial)
     if final.exists():  # torn, or it would have been found and resumed from
         shutil.rmtree(final)
     partial.rename(final)
-    _sync(root)
+    sync(root)
 
 
 def newest(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -124,11 +124,3 @@ def read(folder: Path) -> Checkpoint | str:
 
 def _folders(root: Path) -> list[Path]:
     return [entry for entry in root.iterdir() if STEP.fullmatch(entry.name)] if root.is_dir() else []
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,17 +1,9 @@
-"""One thread for tensors this small, and the small models that the tests of probes share."""
+"""The small models that the tests of probes share."""
 
 import pytest
 import torch
 
 from linattn import Decoder
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

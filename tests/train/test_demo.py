@@ -23,14 +23,6 @@ ROWS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def show(out):
     console = Console(file=StringIO(), width=120)
     code = demo.run(steps=2, lengths=[256, 1024], out=out, threads=1, command="linattn demo", facts=FACTS, console=console)

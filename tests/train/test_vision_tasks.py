@@ -13,14 +13,6 @@ from linattn.train.data import standard_library
 from linattn.train.tasks import TASKS
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def corners(tmp_path_factory):
     """60 images of 8 × 8, bright in the one of four corners that is their label."""
