@@ -81,7 +81,7 @@ def stall(*_):
     time.sleep(60)
 def write(folder):
     (folder / "model.safetensors").write_bytes(b"y" * 50)
-    {"stall()" if moment == "files" else "checkpoint._sync = stall"}
+    {"stall()" if moment == "files" else "checkpoint.sync = stall"}
 checkpoint.save(Path({str(tmp_path)!r}), 10, {{}}, write, keep=1)
 """
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
