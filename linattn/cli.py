@@ -82,7 +82,9 @@ def train(
         list[str] | None,
         DATA(help="Text file or folder, repeatable; or a folder of `linattn data build`.", show_default="Python's library"),
     ] = None,
-    tokenizer: Annotated[str | None, DATA(help="bytes, or bpe (trained on the text).", show_default="bytes")] = None,
+    tokenizer: Annotated[
+        str | None, DATA(help="bytes, bpe (trained on the text), or a file of the package tokenizers.", show_default="bytes")
+    ] = None,
     vocab_size: Annotated[int | None, DATA(help="Tokens of bpe.", show_default="4096")] = None,
     packing: Annotated[bool | None, DATA(help="Documents in a window do not see each other.", show_default="no")] = None,
     held_out: Annotated[float | None, DATA(help="Share of the text to evaluate on.", show_default="0.05")] = None,
@@ -93,13 +95,19 @@ def train(
     lr: Annotated[float | None, OPTIMISATION(help="Highest learning rate.", show_default="by preset")] = None,
     warmup: Annotated[int | None, OPTIMISATION(help="Steps in which the rate rises.", show_default="a tenth")] = None,
     schedule: Annotated[str | None, OPTIMISATION(help="cosine, wsd, linear or constant.", show_default="cosine")] = None,
+    min_lr: Annotated[float | None, OPTIMISATION(help="Floor of the schedule, as a share of --lr.", show_default="0.1")] = None,
+    cooldown: Annotated[float | None, OPTIMISATION(help="wsd: share of the steps in which the rate falls.", show_default="0.2")] = None,
     weight_decay: Annotated[float | None, OPTIMISATION(help="Of matrices only.", show_default="0.1")] = None,
+    betas: Annotated[tuple[float, float] | None, OPTIMISATION(help="Of AdamW's two means.", show_default="0.9 0.95")] = None,
     clip: Annotated[float | None, OPTIMISATION(help="Largest gradient norm.", show_default="1.0")] = None,
     seed: Annotated[int | None, OPTIMISATION(help="Of the start and the order.", show_default="0")] = None,
     precision: Annotated[str | None, MACHINE(help="float32, or bfloat16 (autocast).", show_default="float32")] = None,
     zero: Annotated[int | None, MACHINE(help="Stage of DeepSpeed's ZeRO: 0, 1, 2 or 3.", show_default="no DeepSpeed")] = None,
     deepspeed: Annotated[Path | None, MACHINE(help="DeepSpeed configuration, JSON; its autos are resolved.")] = None,
     context_parallel: Annotated[int | None, MACHINE(help="Processes that share one sequence.", show_default="1")] = None,
+    context_parallel_by: Annotated[
+        str | None, MACHINE(help="state (LASP-2), or heads (Ulysses), which softmax needs.", show_default="state")
+    ] = None,
     compile_: Annotated[bool | None, MACHINE("--compile", help="torch.compile the model.", show_default="no")] = None,
     checkpoint_activations: Annotated[
         bool | None, MACHINE(help="Keep only what enters a block for the backward pass.", show_default="no")
@@ -110,7 +118,9 @@ def train(
     out: Annotated[Path | None, RUN(help="Folder of the run: config, log.csv, checkpoints.", show_default="runs/PRESET-VARIANT")] = None,
     resume: Annotated[str, RUN(help="auto: go on with the run in --out; never: refuse to.")] = "auto",
     eval_every: Annotated[int | None, RUN(help="Steps between evaluations.", show_default="a tenth")] = None,
+    eval_windows: Annotated[int | None, RUN(help="Windows of held-out text in an evaluation.", show_default="64")] = None,
     save_every: Annotated[int | None, RUN(help="Steps between checkpoints.", show_default="a tenth")] = None,
+    keep: Annotated[int | None, RUN(help="Complete checkpoints kept.", show_default="2")] = None,
     report: Annotated[list[str] | None, RUN(help="tensorboard or wandb, besides log.csv; repeatable.")] = None,
     dry_run: Annotated[bool, RUN("--dry-run", help="Say what the run would take, and train nothing.")] = False,
     processes: Annotated[int, RUN(help="With --dry-run: how many processes it is asked for.", min=1)] = 1,
@@ -128,10 +138,12 @@ def train(
     options: dict[str, Any] = dict(
         preset=preset, variant=variant, options=_pairs("option", option) or None, overrides=_pairs("set", set_) or None,
         data=tuple(data) if data else None, tokenizer=tokenizer, vocab_size=vocab_size, packing=packing, held_out=held_out,
-        context=context, batch=batch, accumulate=accumulate, steps=steps, lr=lr, warmup=warmup, schedule=schedule,
-        weight_decay=weight_decay, clip=clip, seed=seed, precision=precision, zero=zero, deepspeed=_json("deepspeed", deepspeed),
-        context_parallel=context_parallel, compile=compile_, checkpoint_activations=checkpoint_activations, device=device, backend=backend,
-        threads=threads, eval_every=eval_every, save_every=save_every, report=tuple(report) if report else None,
+        context=context, batch=batch, accumulate=accumulate, steps=steps, lr=lr, warmup=warmup, schedule=schedule, min_lr=min_lr,
+        cooldown=cooldown, weight_decay=weight_decay, betas=betas, clip=clip, seed=seed, precision=precision, zero=zero,
+        deepspeed=_json("deepspeed", deepspeed), context_parallel=context_parallel,
+        context_parallel_by=context_parallel_by, compile=compile_,
+        checkpoint_activations=checkpoint_activations, device=device, backend=backend, threads=threads, eval_every=eval_every,
+        eval_windows=eval_windows, save_every=save_every, keep=keep, report=tuple(report) if report else None,
     )  # fmt: skip
     base = (loop.saved_config(out) if resume == "auto" else None) or recipes.make(recipe, preset, variant, steps=steps)
     config = replace(base, **{name: value for name, value in options.items() if value is not None})
@@ -154,7 +166,7 @@ app.add_typer(data_app, name="data")
 def build_data(
     out: Annotated[Path, typer.Argument(help="Folder to make, for `linattn train --data`.")],
     paths: Annotated[list[str], typer.Argument(help="Text, .jsonl and .parquet files, and folders of them.")],
-    tokenizer: Annotated[str, typer.Option(help="bytes, bpe (trained here), or a tokenizers file of byte-level BPE.")] = "bytes",
+    tokenizer: Annotated[str, typer.Option(help="bytes, bpe (trained here), or a file of the package tokenizers.")] = "bytes",
     vocab_size: Annotated[int, typer.Option(help="Tokens of bpe.", min=258)] = 4096,
     held_out: Annotated[float, typer.Option(help="Share of the documents to evaluate on.")] = 0.05,
     field: Annotated[str, typer.Option(help="Of .jsonl and .parquet: where the text is.")] = "text",
@@ -222,7 +234,7 @@ def probe_text(
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     with torch.no_grad(), probe(model, keep=("final", "writes", "gates", "reads")) as p:
         model(tokens)
-    words = [tokenizer.decode(coder, [i]).decode("utf-8", "backslashreplace") for i in ids]
+    words = [coder.decode([i]).decode("utf-8", "backslashreplace") for i in ids]
     config = model.config
     facts = {
         "model": f"{folder.name}: {config.variant}, {config.num_layers} layers, {sum(w.numel() for w in model.parameters()):,} parameters",

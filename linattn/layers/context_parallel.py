@@ -1,9 +1,12 @@
 """The only place that knows that a sequence may lie on several processes: what each has to learn of the others' parts of it.
 
-LASP-2, arXiv:2502.07563: each process walks its own T / N tokens from an empty state and says what they write and how much they forget;
-one all-gather of that, of a size that T has no part in, tells each what state its tokens begin with. Here the walk is the operator itself,
-once for the state and once more with what came before, so that every decay, the delta rule, normalisers, gradients and both directions
-come out as in one process; the price is a second pass of the operator.
+By state: LASP-2, arXiv:2502.07563. Each process walks its own T / N tokens from an empty state and says what they write and how much they
+forget; one all-gather of that, of a size that T has no part in, tells each what state its tokens begin with. Here the walk is the operator
+itself, once for the state and once more with what came before, so that every decay, the delta rule, normalisers, gradients and both
+directions come out as in one process; the price is a second pass of the operator.
+
+By heads: DeepSpeed-Ulysses, arXiv:2309.14509. Each process gives away its tokens' heads but a share, and gets that share of all tokens:
+nothing is computed twice and softmax can be split too, but what is sent grows with the tokens, and the processes must divide the heads.
 """
 
 from typing import Any, NamedTuple
@@ -79,20 +82,57 @@ class Shard(NamedTuple):
         return state
 
 
-def shard_sequence(model: nn.Module, group: Any) -> None:
+class Heads(Shard):
+    """The same part of every sequence, exchanged within a layer for whole sequences of every N-th part of the heads."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, how: dict[str, Any]) -> Tensor:
+        in_time = [x for x in (q, k, v, log_decay, beta) if x is not None and x.ndim > 1]
+        q, k, v, *gates = self.whole(*in_time)
+        if log_decay is not None:
+            log_decay = gates.pop(0) if log_decay.ndim > 1 else log_decay.chunk(self.size)[self.rank]
+        return self.part(linear_attention(q, k, v, log_decay, gates.pop() if gates else None, **how)[0])
+
+    def whole(self, *parts: Tensor) -> list[Tensor]:
+        """Parts [B T/N H …] of every head → this process's heads of every token, [B T H/N …]; one exchange for each dtype."""
+        laid = [x.unflatten(2, (self.size, -1)).movedim(2, 0).flatten(3) for x in parts]  # [N B T/N ·]: whom each is for
+        found: dict[int, Tensor] = {}
+        for dtype in dict.fromkeys(x.dtype for x in parts):
+            which = [i for i, x in enumerate(parts) if x.dtype == dtype]
+            got = _Exchange.apply(torch.cat([laid[i] for i in which], -1), self).movedim(0, 1).flatten(1, 2)  # [B T ·]
+            found |= zip(which, got.split([laid[i].shape[-1] for i in which], -1), strict=True)
+        return [found[i].unflatten(2, (-1, *x.shape[3:])) for i, x in enumerate(parts)]
+
+    def part(self, o: Tensor) -> Tensor:
+        """The way back: [B T H/N V] → [B T/N H V]."""
+        return _Exchange.apply(o.unflatten(1, (self.size, -1)).movedim(1, 0), self).movedim(0, 2).flatten(2, 3)
+
+
+WAYS: dict[str, type[Shard]] = {"state": Shard, "heads": Heads}
+
+
+def shard_sequence(model: nn.Module, group: Any, by: str = "state") -> None:
     """Have every attention layer of `model` take its input for part of a sequence: of T tokens, the process of rank r in `group` has
     [r · T / N, (r + 1) · T / N). Gradients of the parameters are then those of the part, to be summed over the group.
 
-    ValueError, and nothing done, for what only works on a whole sequence: softmax layers, two curves, feature maps with a way of their own.
+    by   "state" or "heads", as above
+
+    ValueError, and nothing done, for what only works on a whole sequence, two curves and feature maps with a way of their own; by state for
+    softmax layers too, and by heads where the processes do not divide them.
     """
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "shard")}
+    if by not in WAYS:
+        raise ValueError(f"context parallelism must be by one of {list(WAYS)}; got {by!r}")
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if hasattr(module, "shard")}
     if not layers:
-        raise ValueError(f"context parallelism needs linear attention; {type(model).__name__} has none")
-    for name, module in model.named_modules():
-        if reason := getattr(module, "whole_sequence", None):
+        raise ValueError(f"context parallelism needs attention layers of ours; {type(model).__name__} has none")
+    for name, module in layers.items():
+        if reason := module.whole_sequence(by):
             raise ValueError(f"context parallelism cannot split {name}: {reason}")
+    shard = WAYS[by].of(group)
+    for name, module in layers.items():
+        if by == "heads" and module.num_kv_heads % shard.size:
+            raise ValueError(f"the {shard.size} processes of a sequence must divide the {module.num_kv_heads} key heads of {name}")
     for module in layers.values():
-        module.shard = Shard.of(group)
+        module.shard = shard
 
 
 def _diagonal(k: Tensor, log_decay: Tensor | None, causal: bool) -> Tensor:
@@ -122,3 +162,19 @@ class _Gather(torch.autograd.Function):
         grad = grad.contiguous()
         dist.all_reduce(grad, group=ctx.shard.group)
         return grad[ctx.shard.rank], None
+
+
+class _Exchange(torch.autograd.Function):
+    """x [N ·]: row i for process i → what the others had for this one, by rank."""
+
+    @staticmethod
+    def forward(ctx, x, shard):
+        ctx.shard = shard
+        x = x.contiguous()
+        got = torch.empty_like(x)
+        dist.all_to_all_single(got, x, group=shard.group)
+        return got
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Exchange.forward(ctx, grad, ctx.shard), None

@@ -153,9 +153,8 @@ class LinearAttention(nn.Module):
         """Of writing and reading the state, forward and backward; the projections come on top."""
         return 12.0 * self.num_heads * self.mixer.key_dim * self.value_dim
 
-    @property
-    def whole_sequence(self) -> str | None:
-        """Why this layer cannot be given part of a sequence, if it cannot."""
+    def whole_sequence(self, by: str) -> str | None:
+        """Why this layer cannot be given part of a sequence, if it cannot: see `context_parallel.shard_sequence`."""
         if self.mixer.curves == 2:
             return "its second curve crosses all parts"
         return "its feature map has a way of its own" if hasattr(self.mixer.feature, "attend") else None

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .context_parallel import Heads
 from .decays import gate_dtype
 from .linear import Linear, residual_std
 from .linear_attention import head_width, kv_heads
@@ -76,12 +77,15 @@ class SoftmaxAttention(nn.Module):
         self.head_dim = K = head_width(dim, 1, num_heads, "1")
         self.q_proj, self.k_proj, self.v_proj = (Linear(dim, H * K, bias=bias) for H in (num_heads, self.num_kv_heads, self.num_kv_heads))
         self.o_proj = Linear(num_heads * K, dim, bias=bias, std=residual_std(num_layers))
+        self.shard: Heads | None = None  # where a sequence lies on several processes: see `context_parallel.shard_sequence`
 
     def flops_per_token(self, T: int) -> float:
         """Of the products with keys and values, forward and backward; the projections come on top."""
         return (6.0 if self.causal else 12.0) * T * self.num_heads * self.head_dim
 
-    whole_sequence = "softmax attends to the keys of all parts"  # see `context_parallel.shard_sequence`
+    def whole_sequence(self, by: str) -> str | None:
+        """Why this layer cannot be given part of a sequence, if it cannot: see `context_parallel.shard_sequence`."""
+        return "softmax attends to the keys of all parts: by heads it can be" if by == "state" else None
 
     def extra_repr(self) -> str:
         return f"{self.dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, theta={self.theta}, causal={self.causal}"
@@ -103,9 +107,13 @@ class SoftmaxAttention(nn.Module):
         if mask is not None and (state is not None or return_state):
             raise ValueError("mask cannot go with a state of softmax attention, whose sequences are uneven by cu_seqlens alone")
         self._check_state(x, state, cu_seqlens, return_state)
+        if self.shard is not None and (return_state or any(given is not None for given in (state, cu_seqlens, mask))):
+            raise ValueError("part of a sequence takes x alone: no state, cu_seqlens, mask or return_state")
         T = x.shape[1]
         seen = None if state is None else _seen(state, x.device)
         positions = token_positions(T, seen, cu_seqlens, x.device)  # [T] or [B T]
+        if self.shard is not None:
+            positions = positions + self.shard.rank * T
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B T H K]
         if self.theta is not None:
             table = rotation(positions, self.head_dim, theta=self.theta, dtype=gate_dtype(x))
@@ -153,10 +161,13 @@ class SoftmaxAttention(nn.Module):
 
     def _out(self, q, k, v, mask, causal=None):
         causal = (self.causal if causal is None else causal) and mask is None
+        if self.shard is not None:
+            q, k, v = self.shard.whole(q, k, v)
         grouped = self.num_kv_heads != self.num_heads
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-        return self.o_proj(o.transpose(1, 2).flatten(-2))
+        o = o.transpose(1, 2)
+        return self.o_proj((o if self.shard is None else self.shard.part(o)).flatten(-2))
 
     def _check_state(self, x, state, cu_seqlens, return_state):
         if not self.causal and (return_state or state is not None):

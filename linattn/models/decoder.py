@@ -34,6 +34,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, *, backend: str = "auto"):
         super().__init__()
         self.config = config
+        self.grad_checkpointing = False
         self.embedding = Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(make_block(config, i, backend=backend) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -54,11 +55,12 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         *,
         return_state: bool = False,
-        checkpoint_activations: bool = False,
+        checkpoint_activations: bool | None = None,
     ) -> tuple[Tensor, tuple | None]:
         """tokens [B T] → logits [B T vocab] and the state after them, which is None unless a state was given or return_state asks for one.
 
-        cu_seqlens [N+1] packs N sequences into tokens [1 T]. checkpoint_activations keeps only the blocks' inputs for the backward pass.
+        cu_seqlens [N+1] packs N sequences into tokens [1 T]. checkpoint_activations keeps only the blocks' inputs for the backward pass;
+        None: as `set_grad_checkpointing` has said.
         """
         x, state = self.features(tokens, state, cu_seqlens, return_state=return_state, checkpoint_activations=checkpoint_activations)
         return self.logits(x), state
@@ -70,15 +72,16 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         *,
         return_state: bool = False,
-        checkpoint_activations: bool = False,
+        checkpoint_activations: bool | None = None,
     ) -> tuple[Tensor, tuple | None]:
         """As forward, short of the output projection: [B T dim]. A prefill needs the logits of its last token alone."""
         check_tokens(tokens, self.config.vocab_size, "tokens")
         if state is not None and len(state) != len(self.blocks):
             raise ValueError(f"state must have one entry for each of {len(self.blocks)} layers; got {len(state)}")
+        again = self.grad_checkpointing if checkpoint_activations is None else checkpoint_activations
         x, states = self.embedding(tokens), []
         for block, before in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
-            if checkpoint_activations and torch.is_grad_enabled():
+            if again and torch.is_grad_enabled():
                 x, after = checkpoint(block, x, before, cu_seqlens, return_state=return_state, use_reentrant=False)
             else:
                 x, after = block(x, before, cu_seqlens, return_state=return_state)
@@ -99,9 +102,13 @@ class Decoder(nn.Module):
         weights -= 0 if self.head is None else self.embedding.weight.numel()
         return 6.0 * weights + sum(block.attention.flops_per_token(T) for block in self.blocks)  # type: ignore[union-attr, operator]
 
-    def shard_sequence(self, group) -> None:
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs for the backward pass, and compute the rest again."""
+        self.grad_checkpointing = enable
+
+    def shard_sequence(self, group, by: str = "state") -> None:
         """Be given, from now on, one part of every sequence: see `linattn.layers.context_parallel`. group: a process group of torch."""
-        shard_sequence(self, group)
+        shard_sequence(self, group, by)
 
     stream = generation.stream  # tokens [B], one after the other
     generate = generation.generate  # all of them

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layers import VARIANTS
+from ..layers.context_parallel import shard_sequence
 from ..layers.linear import Embedding, Linear
 from ..layers.packing import token_positions
 from ..layers.variants import Gating
@@ -79,6 +81,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = c = config
         self.grad_checkpointing = False
+        self.parts_before = 0  # of every sequence, in other processes
         self.embedding = Embedding(c.vocab_size, c.dim)
         self.positions = Embedding(c.max_positions, c.dim) if c.max_positions else None
         self.embedding_norm = nn.LayerNorm(c.dim, eps=c.norm_eps)
@@ -128,6 +131,11 @@ class Encoder(nn.Module):
         """Keep only the blocks' inputs for the backward pass, and compute the rest again."""
         self.grad_checkpointing = enable
 
+    def shard_sequence(self, group, by: str = "state") -> None:
+        """Be given, from now on, one part of every sequence: see `linattn.layers.context_parallel`. group: a process group of torch."""
+        shard_sequence(self, group, by)
+        self.parts_before = dist.get_rank(group)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors; see `linattn.models.storage.save`."""
         storage.save(self, self.config, Path(folder))
@@ -142,10 +150,11 @@ class Encoder(nn.Module):
         return model
 
     def _positions(self, T: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-        longest = T if cu_seqlens is None else int(cu_seqlens.diff().max())
+        begin = self.parts_before * T
+        longest = begin + T if cu_seqlens is None else int(cu_seqlens.diff().max())
         if longest > self.config.max_positions:
             raise ValueError(f"tokens must be no longer than max_positions={self.config.max_positions}; got {longest}")
-        return self.positions(token_positions(T, None, cu_seqlens, device))  # type: ignore[misc]
+        return self.positions(token_positions(T, None, cu_seqlens, device) + begin)  # type: ignore[misc]
 
 
 def masked_token_loss(logits: Tensor, targets: Tensor) -> Tensor:

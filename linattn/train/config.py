@@ -9,6 +9,7 @@ from .schedule import SCHEDULES
 TOKENIZERS = ("bytes", "bpe")
 REPORTS = ("tensorboard", "wandb")
 PRECISIONS = ("float32", "bfloat16")
+WAYS = ("state", "heads")
 FREE_ON_RESUME = (
     "threads",
     "device",
@@ -17,6 +18,7 @@ FREE_ON_RESUME = (
     "save_every",
     "keep",
     "context_parallel",
+    "context_parallel_by",
     "report",
 )  # the rest defines the run
 
@@ -37,7 +39,7 @@ class Config:
     overrides: dict[str, object] = field(default_factory=dict)  # fields of the model's config set by name
     # the data
     data: tuple[str, ...] = ()  # files and folders, or one folder of `linattn data build`; none: the Python standard library
-    tokenizer: str = "bytes"
+    tokenizer: str = "bytes"  # or "bpe", trained on the text, or a file of the package tokenizers
     vocab_size: int = 4096  # bpe only: bytes have 256 and an end of document
     packing: bool = False  # documents in a window do not see each other: states and convolutions start anew at each
     held_out: float = 0.05  # share of the documents kept for evaluation
@@ -62,6 +64,7 @@ class Config:
     zero: int | None = None  # stage of DeepSpeed's ZeRO, 0 to 3; None: no DeepSpeed, unless `deepspeed` is given
     deepspeed: dict = field(default_factory=dict)  # a DeepSpeed configuration; see linattn.train.ds_config
     context_parallel: int = 1  # processes that share one sequence
+    context_parallel_by: str = "state"  # what they tell each other: the "state" of their parts, or their "heads" of all tokens
     compile: bool = False  # torch.compile of the model
     checkpoint_activations: bool = False  # keep only what enters a block for the backward pass, and compute the rest again
     device: str = "auto"
@@ -80,7 +83,11 @@ class Config:
         object.__setattr__(self, "report", tuple(self.report))
         if unknown := set(self.report) - set(REPORTS):
             raise ValueError(f"report must be of {list(REPORTS)}; got {sorted(unknown)}")
-        for name, known in (("tokenizer", TOKENIZERS), ("precision", PRECISIONS), ("schedule", tuple(SCHEDULES))):
+        if self.tokenizer not in TOKENIZERS and not self.tokenizer.endswith(".json"):
+            raise ValueError(
+                f"tokenizer must be one of {list(TOKENIZERS)}, or a .json file of the package tokenizers; got {self.tokenizer!r}"
+            )
+        for name, known in (("precision", PRECISIONS), ("context_parallel_by", WAYS), ("schedule", tuple(SCHEDULES))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {list(known)}; got {getattr(self, name)!r}")
         zero = dict(warmup=0, weight_decay=0, seed=0, threads=0)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tokenizer import BPE, Bytes, Tokenizer
+from . import tokenizer as tokenizers
 
 NOT_OURS = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test")  # foreign, or missing on some machines
 TABLES = ("encodings", "pydoc_data")  # character tables, and the topics that come in as documents of their own
@@ -23,16 +23,16 @@ class Corpus(NamedTuple):
 
     train: Tensor  # [N] int16 or int32
     held_out: Tensor  # [M]
-    tokenizer: Tokenizer
+    tokenizer: tokenizers.Tokenizer
     fingerprint: str  # of the text and the split: equal on equal data only
     source: str  # in words
 
 
-def load(paths: tuple[str, ...], *, tokenizer: str | Tokenizer, vocab_size: int, held_out: float, context: int) -> Corpus:
+def load(paths: tuple[str, ...], *, tokenizer: str | tokenizers.Tokenizer, vocab_size: int, held_out: float, context: int) -> Corpus:
     """Read `paths` (none: the standard library), split by the hash of each document, encode.
 
     A split that would leave a side without one window is made by position instead: the last share of the stream is held out.
-    `tokenizer` is "bytes", "bpe" (trained on the training side with `vocab_size` tokens), or one that is made already.
+    `tokenizer` is a name as in `tokenizer.make` ("bpe" is trained on the training side), or one that is made already.
     ValueError: a path is missing, nothing there is text, or there is less than one window of `context` + 1 tokens to train or evaluate on.
     """
     documents = list(user_documents(paths) if paths else standard_library())
@@ -42,7 +42,7 @@ def load(paths: tuple[str, ...], *, tokenizer: str | Tokenizer, vocab_size: int,
         raise ValueError(f"the corpus is empty: no text in {where}")
     for split in (_split_by_hash, _split_by_position):
         rest, kept = split(documents, held_out)
-        coder = _tokenizer(tokenizer, rest, vocab_size)
+        coder = tokenizers.make(tokenizer, lambda: rest, vocab_size) if isinstance(tokenizer, str) else tokenizer  # noqa: B023 - called here
         train, evaluation = _stream(rest, coder), _stream(kept, coder)
         if min(len(train), len(evaluation)) > context:
             break
@@ -108,13 +108,7 @@ def _split_by_position(documents: list[bytes], share: float) -> tuple[list[bytes
     return [text for text in rest if text], [text for text in kept if text]
 
 
-def _tokenizer(name: str | Tokenizer, documents: list[bytes], vocab_size: int) -> Tokenizer:
-    if isinstance(name, str):
-        return Bytes() if name == "bytes" else BPE.train(documents, vocab_size)
-    return name
-
-
-def _stream(documents: list[bytes], tokenizer: Tokenizer) -> Tensor:
+def _stream(documents: list[bytes], tokenizer: tokenizers.Tokenizer) -> Tensor:
     end = torch.tensor([tokenizer.end])
     parts = [part for tokens in tokenizer.encode(documents) for part in (tokens, end.to(tokens.dtype))]
     return torch.cat(parts) if parts else end[:0]

@@ -40,6 +40,8 @@ class Engine:
         self.model, self.task, self.config, self.device, self.world = model.to(device), task, config, device, world
         self.parameters = sum(p.numel() for p in model.parameters())
         self.flops_per_token = estimate.flops_per_token(model, task.tokens_per_row)
+        if config.checkpoint_activations:
+            checkpoint_activations(model)
         if config.compile:
             self.model.compile()
         self.called: nn.Module = self.model  # what `losses` and `score` are given: the model, or something around it
@@ -107,6 +109,16 @@ class Engine:
     def _on_device(self, ask: Callable[[nn.Module, Batch], Any], batch: Batch) -> Any:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             return ask(self.called, {name: tensor.to(self.device) for name, tensor in batch.items()})
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Have `model` keep only what enters a block for the backward pass: ours and timm's, or one of transformers."""
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing()  # type: ignore[operator]
+    elif hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    else:
+        raise ValueError(f"checkpoint_activations needs a model with set_grad_checkpointing; {type(model).__name__} has none")
 
 
 def mean(losses: Tensor, share: float | None) -> Tensor:

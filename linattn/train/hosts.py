@@ -28,6 +28,9 @@ class HostTokenizer:
         ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         return [torch.tensor(each, dtype=torch.int32) for each in ids]
 
+    def count(self, windows: Tensor) -> int:
+        return sum(len(self.tokenizer.decode(window, skip_special_tokens=True).encode()) for window in windows.tolist())
+
 
 class Host:
     """The language model in a folder of transformers, and text for it. Without tokenizer files tokens are bytes, and 256 ends a document.
@@ -73,10 +76,5 @@ class Host:
             rows = rows.to(self.device)
             logits = model(rows[:, :-1], use_cache=False).logits.float()
             nats += float(torch.nn.functional.cross_entropy(logits.mT, rows[:, 1:], reduction="sum"))
-            size += sum(self._bytes(row) for row in rows[:, 1:].tolist())
+            size += self.coder.count(rows[:, 1:])
         return nats / math.log(2) / size
-
-    def _bytes(self, tokens: list[int]) -> int:
-        if isinstance(self.coder, HostTokenizer):
-            return len(self.coder.tokenizer.decode(tokens, skip_special_tokens=True).encode())
-        return sum(len(self.coder.pieces[token]) for token in tokens)

@@ -1,12 +1,10 @@
 """The only place that turns a checkpoint and a prompt into text."""
 
-import codecs
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
 import torch
-from torch import Tensor
 
 from ..models import Decoder
 from . import checkpoint, tokenizer
@@ -16,18 +14,12 @@ from .engine import pick_device
 def continuation(model: Decoder, coder: tokenizer.Tokenizer, prompt: str, *, tokens: int, **how) -> Iterator[str]:
     """Text after `prompt` as it comes, until `tokens` tokens or the end of the document. `how` as in `Decoder.stream`.
 
-    A letter of several bytes appears once it is whole; bytes that are no letter appear as U+FFFD. ValueError before anything is generated.
+    ValueError before anything is generated.
     """
     start = coder.encode([prompt.encode()])[0].tolist() or [coder.end]  # a document starts after the end of another
     first = torch.tensor([start], device=next(model.parameters()).device)
-    return _letters(coder, model.stream(first, tokens, stop_tokens=(coder.end,), **how))
-
-
-def _letters(coder: tokenizer.Tokenizer, tokens: Iterator[Tensor]) -> Iterator[str]:
-    text = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in tokens:
-        yield text.decode(tokenizer.decode(coder, token.tolist()))
-    yield text.decode(b"", final=True)
+    generated = model.stream(first, tokens, stop_tokens=(coder.end,), **how)
+    return coder.letters(start, (int(token) for token in generated))
 
 
 def stream(

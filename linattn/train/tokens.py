@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from . import tokenizer as tokenizers
+from .config import Config
 from .data import Corpus, is_held_out, user_files
+from .data import load as read_text
 
 MARKER = "tokens.json"  # written last: a folder without it was not finished
 TOKENIZER = "tokenizer.json"
@@ -27,7 +29,7 @@ def build(
     """Encode every document of `paths` into folder `out`; returns what its tokens.json says.
 
     paths      text files (a document each), .jsonl and .parquet files (a document for each row's `field`), and folders of such
-    tokenizer  "bytes", "bpe" (trained here, on the first 64 MB of training text), or a tokenizers file of byte-level BPE
+    tokenizer  "bytes", "bpe" (trained here, on the first 64 MB of training text), or a file of the package `tokenizers`
     held_out   share of the documents, chosen by their hash, that is kept for evaluation
 
     Twice the memory of AT_ONCE is enough for any size. ValueError before anything is written: a path is missing, `out` is there already,
@@ -45,7 +47,8 @@ def build(
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        coder = _coder(tokenizer, vocab_size, (text for text in _documents(paths, field) if not is_held_out(text, held_out)))
+        training = lambda: _sample(text for text in _documents(paths, field) if not is_held_out(text, held_out))
+        coder = tokenizers.make(tokenizer, training, vocab_size)
         facts = _write(beside, chain(first, documents), coder, held_out)
         coder.save(beside / TOKENIZER)
         (beside / MARKER).write_text(json.dumps(facts, indent=2) + "\n")
@@ -58,6 +61,16 @@ def build(
 
 def is_built(paths: tuple[str, ...]) -> bool:
     return len(paths) == 1 and (Path(paths[0]) / MARKER).exists()
+
+
+def corpus(config: Config, saved: Path | None) -> Corpus:
+    """The corpus of a run, built or read as text; of a run that goes on from checkpoint `saved` with the tokenizer that lies there."""
+    if not is_built(config.data):
+        name = tokenizers.load(saved / TOKENIZER) if saved else config.tokenizer
+        return read_text(config.data, tokenizer=name, vocab_size=config.vocab_size, held_out=config.held_out, context=config.context)
+    if config.tokenizer != "bytes":
+        raise ValueError(f"tokenizer must be left out for {config.data[0]}, which was built with its own; got {config.tokenizer!r}")
+    return load(Path(config.data[0]), context=config.context)
 
 
 def load(folder: Path, *, context: int) -> Corpus:
@@ -111,21 +124,17 @@ def _parquet(file: Path, field: str) -> Iterator[bytes]:
         yield from (text.encode() for text in batch.column(0).to_pylist() if text)
 
 
-def _coder(name: str, vocab_size: int, documents: Iterable[bytes]) -> tokenizers.Tokenizer:
-    if name == "bytes":
-        return tokenizers.Bytes()
-    if name != "bpe":
-        return tokenizers.load(Path(name))
+def _sample(documents: Iterable[bytes]) -> list[bytes]:
     sample, size = [], 0
     for text in documents:
         sample.append(text)
         if (size := size + len(text)) >= SAMPLE:
             break
-    return tokenizers.BPE.train(sample, vocab_size)
+    return sample
 
 
 def _write(folder: Path, documents: Iterable[bytes], coder: tokenizers.Tokenizer, held_out: float) -> dict[str, Any]:
-    kind = "int16" if len(coder.pieces) <= 2**15 else "int32"
+    kind = "int16" if coder.end < 2**15 else "int32"
     digest = hashlib.blake2b(repr((coder.name, held_out)).encode(), digest_size=8)
     counts, size, total = {"train": 0, "held_out": 0}, 0, 0
     end = torch.tensor([coder.end], dtype=KINDS[kind])

@@ -15,7 +15,7 @@ from torch import nn
 
 from . import ds_config, estimate, optimizer
 from .config import Config
-from .engine import Engine, Outcome, mean
+from .engine import Engine, Outcome, checkpoint_activations, mean
 from .tasks import Task
 from .world import World
 
@@ -67,7 +67,9 @@ class ZeroEngine(Engine):
         if config.context_parallel > 1:
             if not hasattr(model, "shard_sequence"):
                 raise ValueError(f"context_parallel must be 1 for a {type(model).__name__}, which cannot be given part of a sequence")
-            model.shard_sequence(world.neighbours(config.context_parallel))  # type: ignore[operator]
+            model.shard_sequence(world.neighbours(config.context_parallel), config.context_parallel_by)  # type: ignore[operator]
+        if config.checkpoint_activations:
+            checkpoint_activations(model)
         made = optimizer.make(model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=made, config=self.resolved, dist_init_required=False)
         self.engine.checkpoint_engine = _files(self.engine)

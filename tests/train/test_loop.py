@@ -203,7 +203,7 @@ def test_a_log_cut_short_by_a_kill_is_read_up_to_there(config, tmp_path):
 @pytest.mark.parametrize(
     "change, said",
     [
-        (dict(tokenizer="words"), r"tokenizer must be one of \['bytes', 'bpe'\]; got 'words'"),
+        (dict(tokenizer="words"), r"tokenizer must be one of \['bytes', 'bpe'\], or a .json file of .*; got 'words'"),
         (dict(schedule="step"), "schedule must be one of"),
         (dict(steps=0), "steps must be at least 1; got 0"),
         (dict(lr=-1.0), "lr must be above 0; got -1.0"),

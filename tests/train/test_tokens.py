@@ -8,10 +8,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from linattn.train import Config, data, tokens, train
+from linattn.train import TASKS, Config, data, sample, tokens, train
 from linattn.train.tasks import DecoderTask
 
 TEXTS = [f"document {i}: " + "word " * (i % 7 + 5) for i in range(60)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small gain nothing from a second."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -56,14 +65,47 @@ def test_json_lines_parquet_and_files_of_tokenizers(folder, tmp_path):
         tokens.build((str(tmp_path / "a.parquet"),), tmp_path / "five")
 
 
+def test_a_file_of_words_trains_and_generates(folder, tmp_path):
+    pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate(["?", "document", "word", ":", *map(str, range(60))])}
+    file = {"version": "1.0", "pre_tokenizer": {"type": "Whitespace"}, "model": {"type": "WordLevel", "vocab": words, "unk_token": "?"}}
+    nothing = dict.fromkeys(["truncation", "padding", "normalizer", "post_processor", "decoder"])
+    (tmp_path / "words.json").write_text(json.dumps({**file, **nothing, "added_tokens": []}))
+    tokens.build((str(folder),), tmp_path / "built", tokenizer=str(tmp_path / "words.json"), held_out=0.3)
+    quiet, sizes = Console(file=StringIO()), dict(overrides=dict(dim=32, num_layers=2), context=8, batch=4, steps=4, warmup=1, device="cpu")
+    built = train(Config(data=(str(tmp_path / "built"),), **sizes), tmp_path / "a", console=quiet)
+    read = train(Config(data=(str(folder),), tokenizer=str(tmp_path / "words.json"), held_out=0.3, **sizes), tmp_path / "b", console=quiet)
+    assert [row["loss"] for row in built.rows] == [row["loss"] for row in read.rows]
+    assert (
+        built.rows[-1]["bits_per_byte"] == read.rows[-1]["bits_per_byte"] < built.rows[0]["bits_per_byte"] < 6.1 / 3
+    )  # bits, bytes a word
+    said = StringIO()
+    sample.stream(
+        tmp_path / "a", "document", said, tokens=3, temperature=0, top_k=None, top_p=None, seed=0, threads=0, device="cpu", backend="auto",
+        say=print,
+    )  # fmt: skip
+    assert set(said.getvalue().split()) <= {*words}
+    with pytest.raises(ValueError, match=r"tokenizer must be left out for .*built"):
+        train(Config(data=(str(tmp_path / "built"),), tokenizer="bpe", **sizes), tmp_path / "c", console=quiet)
+
+
+@pytest.mark.parametrize("name", ["decoder", "masked"])
+def test_a_built_corpus_serves_every_task_of_text(folder, tmp_path, name):
+    tokens.build((str(folder),), tmp_path / "built", held_out=0.3)
+    variant = "gla" if name == "decoder" else "lion_s_mlm"
+    sizes = dict(task=name, variant=variant, overrides=dict(dim=16, num_layers=1), context=16, batch=2, held_out=0.3)
+    built, read = (TASKS[name](Config(data=(str(path),), **sizes), None) for path in (tmp_path / "built", folder))
+    assert all(tensor.equal(read.batch(1, range(2))[key]) for key, tensor in built.batch(1, range(2)).items())
+
+
 def test_what_cannot_be_built_leaves_nothing(folder, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"title": "no text"}\n')
-    (tmp_path / "words.json").write_text('{"model": {"type": "WordLevel", "vocab": {"wörd": 0, "日": 1}, "unk_token": "wörd"}}')
+    (tmp_path / "words.json").write_text('{"model": {"type": "Wordless"}}')
     for how, said in (
         (dict(paths=(str(tmp_path / "bad.jsonl"),)), "bad.jsonl, line 2: there is no text in the field 'text'"),
         (dict(paths=(str(tmp_path / "nowhere"),)), "there is no .*nowhere"),
         (dict(paths=(str(folder),), held_out=1.5), "held_out must lie between 0 and 1; got 1.5"),
-        (dict(paths=(str(folder),), tokenizer=str(tmp_path / "words.json")), "must be byte-level BPE"),
+        (dict(paths=(str(folder),), tokenizer=str(tmp_path / "words.json")), r"words\.json is not a tokenizer: "),
     ):
         with pytest.raises(ValueError, match=said):
             tokens.build(how.pop("paths"), tmp_path / "out", **how)

@@ -72,6 +72,17 @@ def test_a_run_that_was_cut_short_goes_on_as_if_it_was_not(make, stripes, text, 
     assert curve(run(config, tmp_path / "cut")) == curve(whole)
 
 
+@pytest.mark.parametrize("make", [of_images, of_text], ids=["image", "masked"])
+def test_activations_computed_again_are_the_same(make, stripes, text, tmp_path, monkeypatch):
+    config = replace(make(stripes if make is of_images else text), steps=3)
+    kept, again = run(config, tmp_path / "kept"), []
+    real = torch.utils.checkpoint.checkpoint
+    for module in ("encoder", "vision"):
+        monkeypatch.setattr(f"linattn.models.{module}.checkpoint", lambda *args, **how: again.append(args[0]) or real(*args, **how))
+    assert curve(run(replace(config, checkpoint_activations=True), tmp_path / "again")) == curve(kept)
+    assert len(again) == 3 * config.overrides["num_layers"]
+
+
 def test_rows_are_the_same_however_they_are_split(stripes, text):
     for config in (of_images(stripes, options=dict(shift=2)), of_text(text)):
         task = TASKS[config.task](config, None)

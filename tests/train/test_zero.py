@@ -92,14 +92,25 @@ def test_a_step_that_is_not_finite_is_skipped_by_all_stages_and_the_groups_are_w
     assert code == 0 and said.count("as they should be") == 4, said
 
 
-def test_a_sequence_on_two_processes_trains_as_on_one(text, tmp_path):
-    variant = ["--variant", "gated_delta"]  # convolution, delta rule and decay: all that crosses the cut
-    code, said = finish(command(2, *arguments(text, tmp_path / "two", "--zero", 3, "--context-parallel", 2, *variant, steps=6)))
+@pytest.mark.parametrize(
+    "by, more",
+    [
+        ("state", ["--variant", "gated_delta", "--zero", 3]),  # convolution, delta rule and decay: all that crosses the cut
+        pytest.param("heads", ["--variant", "mamba2", "--set", "softmax_every=2", "--zero", 2], marks=pytest.mark.slow),
+        pytest.param("state", ["--recipe", "masked", "--zero", 1], marks=pytest.mark.slow),  # from both sides
+        pytest.param("heads", ["--recipe", "masked", "--zero", 3], marks=pytest.mark.slow),
+    ],
+)
+def test_a_sequence_on_two_processes_trains_as_on_one(text, tmp_path, by, more):
+    how = ["--context-parallel", 2, "--context-parallel-by", by, *more]
+    code, said = finish(command(2, *arguments(text, tmp_path / "two", *how, steps=6)))
     assert code == 0, said
     train(replace(Config.load(tmp_path / "two" / "run.json"), zero=None, context_parallel=1), tmp_path / "one", console=Console(quiet=True))
-    for one, two in zip(losses(tmp_path / "one")[1:], losses(tmp_path / "two")[1:], strict=True):
-        assert one[1:3] == pytest.approx(two[1:3], rel=1e-4)
-    assert losses(tmp_path / "one")[-1][3] == pytest.approx(losses(tmp_path / "two")[-1][3], rel=1e-4)
+    one, two = (read(tmp_path / name / "log.csv") for name in ("one", "two"))
+    for a, b in zip(one[1:], two[1:], strict=True):
+        assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-4)
+    metric = next(name for name in ("bits_per_byte", "accuracy") if name in one[-1])
+    assert one[-1][metric] == pytest.approx(two[-1][metric], rel=1e-4)
 
 
 # -- the long ones ------------------------------------------------------------------------------------------------------------------------

@@ -10,11 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models import Decoder
-from .. import data, tokenizer, tokens
+from .. import data, tokens
 from ..config import Config
-from .task import Batch, Task
-
-TOKENIZER = "tokenizer.json"
+from .task import Batch, Task, cut
 
 
 class DecoderTask(Task):
@@ -26,29 +24,22 @@ class DecoderTask(Task):
         super().__init__(config, saved)
         if config.options:
             raise ValueError(f"the task decoder has no options of its own; got {config.options}")
-        if tokens.is_built(config.data):
-            self.corpus = tokens.load(Path(config.data[0]), context=config.context)
-        else:
-            self.corpus = data.load(
-                config.data, tokenizer=tokenizer.load(saved / TOKENIZER) if saved else config.tokenizer,
-                vocab_size=config.vocab_size, held_out=config.held_out, context=config.context,
-            )  # fmt: skip
+        self.corpus = tokens.corpus(config, saved)
         if config.packing and config.context_parallel > 1:
             raise ValueError("packing needs context_parallel = 1: a document that lies on two processes has no place in cu_seqlens")
         self.fingerprint, self.tokens_per_row = self.corpus.fingerprint, config.context
-        self.lengths = torch.tensor([len(piece) for piece in self.corpus.tokenizer.pieces])
         sizes = f"{len(self.corpus.train):,} tokens to train on, {len(self.corpus.held_out):,} held out"
         self.source = f"{self.corpus.source}: {sizes}"
 
     def create(self) -> Decoder:
-        sizes: dict[str, Any] = dict(variant=self.config.variant, vocab_size=len(self.corpus.tokenizer.pieces), **self.config.overrides)
+        sizes: dict[str, Any] = dict(variant=self.config.variant, vocab_size=self.corpus.tokenizer.end + 1, **self.config.overrides)
         return Decoder.create(self.config.preset, backend=self.config.backend, **sizes)
 
     def load(self, folder: Path) -> Decoder:
         return Decoder.from_pretrained(folder, backend=self.config.backend)
 
     def save(self, folder: Path) -> None:
-        self.corpus.tokenizer.save(folder / TOKENIZER)
+        self.corpus.tokenizer.save(folder / tokens.TOKENIZER)
 
     def batch(self, step: int, rows: range) -> Batch:
         config = self.config
@@ -64,21 +55,19 @@ class DecoderTask(Task):
         return {"tokens": windows, "cu_seqlens": torch.cat([ends, torch.tensor([starts.numel()])])}
 
     def part(self, batch: Batch, index: int, of: int) -> Batch:
-        length, rest = divmod(batch["tokens"].shape[1] - 1, of)
-        if rest:
-            raise ValueError(f"context must be a multiple of context_parallel = {of}; got {self.config.context}")
-        tokens = batch["tokens"][:, index * length : (index + 1) * length + 1]
+        x, y = (cut(batch["tokens"][:, side], index, of) for side in (slice(0, -1), slice(1, None)))
+        tokens = torch.cat([x, y[:, -1:]], 1)
         return {"tokens": tokens} | ({"bytes": self._bytes(tokens)} if "bytes" in batch else {})
 
     def _bytes(self, windows: Tensor) -> Tensor:
-        return self.lengths[windows[:, 1:]].sum()
+        return torch.tensor(self.corpus.tokenizer.count(windows[:, 1:]))
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         x, y = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
         packed: dict[str, Any] = {}
         if "cu_seqlens" in batch:
             x, packed = x.reshape(1, -1), {"cu_seqlens": batch["cu_seqlens"]}
-        logits, _ = model(x, checkpoint_activations=self.config.checkpoint_activations, **packed)
+        logits, _ = model(x, **packed)
         return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none")
 
     def evaluation(self) -> Iterator[Batch]:

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models import Encoder
-from .. import data, tokenizer
+from .. import data, tokens
 from ..config import Config
 from . import options
-from .task import Batch, Task
+from .task import Batch, Task, cut
 
-TOKENIZER = "tokenizer.json"
 OTHER, SAME = 0.1, 0.1  # of the chosen tokens: another at random, left as it is; the rest become the mask: arXiv:1810.04805
 
 
@@ -39,11 +38,8 @@ class MaskedTask(Task):
     def __init__(self, config: Config, saved: Path | None):
         super().__init__(config, saved)
         self.options = options.read(MaskedOptions, config.options, config.task)
-        self.corpus = data.load(
-            config.data, tokenizer=tokenizer.load(saved / TOKENIZER) if saved else config.tokenizer,
-            vocab_size=config.vocab_size, held_out=config.held_out, context=config.context,
-        )  # fmt: skip
-        self.mask = len(self.corpus.tokenizer.pieces)
+        self.corpus = tokens.corpus(config, saved)
+        self.mask = self.corpus.tokenizer.end + 1
         self.fingerprint, self.tokens_per_row = self.corpus.fingerprint, config.context
         sizes = f"{len(self.corpus.train):,} tokens to train on, {len(self.corpus.held_out):,} held out"
         self.source = f"{self.corpus.source}: {sizes}"
@@ -56,13 +52,19 @@ class MaskedTask(Task):
         return Encoder.from_pretrained(folder, backend=self.config.backend)
 
     def save(self, folder: Path) -> None:
-        self.corpus.tokenizer.save(folder / TOKENIZER)
+        self.corpus.tokenizer.save(folder / tokens.TOKENIZER)
 
     def batch(self, step: int, rows: range) -> Batch:
         config = self.config
-        tokens = data.batch(self.corpus.train, context=config.context, of=config.batch, rows=rows, seed=config.seed, step=step)
+        windows = data.batch(self.corpus.train, context=config.context, of=config.batch, rows=rows, seed=config.seed, step=step)
         seeds = [data.derive("mask", config.seed, step, row) for row in rows]
-        return self._masked(tokens[:, :-1], self.options.rate, seeds)
+        return self._masked(windows[:, :-1], self.options.rate, seeds)
+
+    def part(self, batch: Batch, index: int, of: int) -> Batch:
+        return {name: cut(tensor, index, of) for name, tensor in batch.items()}
+
+    def targets(self, batch: Batch) -> int | None:
+        return int(batch["chosen"].sum()) if self.config.context_parallel > 1 else None
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         chosen = batch["chosen"]

@@ -75,3 +75,11 @@ class Task(ABC):
     @abstractmethod
     def score(self, model: nn.Module, batch: Batch) -> tuple[Tensor | float, Tensor | float]:
         """What the batch adds to the metric, and its weight: (correct answers, images), or (bits, bytes)."""
+
+
+def cut(x: Tensor, index: int, of: int) -> Tensor:
+    """Part `index` of `of` equal ones of x [B T …]. ValueError where T is no multiple of `of`."""
+    length, rest = divmod(x.shape[1], of)
+    if rest:
+        raise ValueError(f"context must be a multiple of context_parallel = {of}; got {x.shape[1]}")
+    return x[:, index * length : (index + 1) * length]
