@@ -6,6 +6,7 @@ MNIST digits), cost (tokens/s and memory of generation against the number of tok
 
 import copy
 import datetime
+import inspect
 import json
 import math
 import time
@@ -201,17 +202,18 @@ def cost(say: Say, quick: bool) -> dict[str, Any]:
         model = llama(256, 4, 2 * LENGTHS[-1]).eval()
         if how:
             swap_attention(model, **how)
+        called = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before transformers 5.24
         for T in lengths:
             tokens = torch.randint(257, (1, T))
             times = []
             for _ in range(3 if T <= 4096 else 1):
                 began = time.perf_counter()
-                cache = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+                cache = getattr(model(tokens, use_cache=True, logits_to_keep=1), called)
                 times.append(time.perf_counter() - began)
             steps = []
             for _ in range(DECODED):
                 began = time.perf_counter()
-                model(tokens[:, -1:], past_key_values=cache)
+                model(tokens[:, -1:], **{called: cache})
                 steps.append(time.perf_counter() - began)
             row = dict(
                 attention=name, T=T, prefill_tokens_per_s=T / min(times), decode_tokens_per_s=1 / sorted(steps)[DECODED // 2],

@@ -183,40 +183,25 @@ class SwappedAttention(nn.Module):
 class TransformersAttention(SwappedAttention):
     """Called as attention of transformers is; answers (y, None)."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Any = None,
-        layer_past: Any = None,  # GPT-NeoX's name of the cache
-        position_ids: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        output_attentions: bool | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        **rest: Any,  # a host's owner passes on whatever it was given
-    ) -> tuple[Tensor, None]:
-        if encoder_hidden_states is not None:
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **given: Any) -> tuple[Tensor, None]:
+        """`given` is whatever the host's owner passes on: position_embeddings, position_ids, the cache, cu_seq_lens_q, …"""
+        given = {name: value for name, value in given.items() if value is not None}
+        if "encoder_hidden_states" in given:
             raise ValueError("encoder_hidden_states: swapped attention cannot be cross-attention; keep these layers")
-        cache = past_key_values if layer_past is None else layer_past
-        if self.mode != "linear":
-            given = dict(
-                position_embeddings=position_embeddings, past_key_values=past_key_values, layer_past=layer_past, position_ids=position_ids,
-                output_attentions=output_attentions, cu_seq_lens_q=cu_seq_lens_q,
-            )  # fmt: skip
-            given = {name: value for name, value in given.items() if value is not None} | rest
-            if self.mode == "softmax":
-                return self.host(hidden_states, attention_mask=attention_mask, **given)
+        if self.mode == "softmax":
+            return self.host(hidden_states, attention_mask=attention_mask, **given)
+        cache = _cache_of(given)
+        if self.mode == "transfer":
             if cache is not None:
                 raise ValueError("attention transfer takes whole sequences: call the model with use_cache=False")
             with torch.no_grad():
                 y, _ = self.host(hidden_states, attention_mask=attention_mask, **given)
-        if output_attentions or getattr(getattr(self.host, "config", None), "output_attentions", False):
+        if given.get("output_attentions") or getattr(getattr(self.host, "config", None), "output_attentions", False):
             raise ValueError("output_attentions=True: linear attention has no attention weights to return; keep the layers you look at")
-        rotary = position_embeddings if self.adapter.rotary else None
+        rotary = given["position_embeddings"] if self.adapter.rotary else None
         layer = None if cache is None else _state_layer(cache, self.layer_idx)
         past = 0 if layer is None else layer.get_seq_length()
-        seen = masks.read(attention_mask, hidden_states, past, self.causal, position_ids, cu_seq_lens_q)
+        seen = masks.read(attention_mask, hidden_states, past, self.causal, given.get("position_ids"), given.get("cu_seq_lens_q"))
         if self.mode == "transfer":
             self._compare(y, hidden_states, rotary=rotary, seen=seen)
             return y, None
@@ -286,6 +271,14 @@ class TorchAttention(SwappedAttention):
             return y, None
         y, _ = self.attend(x, None, seen)
         return y if self.batch_first else y.transpose(0, 1), None
+
+
+CACHES = ("cache", "past_key_values", "layer_past")  # what transformers calls it: since 5.24, before, and in GPT-NeoX
+
+
+def _cache_of(given: dict[str, Any]) -> Any:
+    """The cache among the arguments of a call, by any name: one that was overlooked would leave the past out silently."""
+    return next((value for name, value in given.items() if name in CACHES or hasattr(value, "get_seq_length")), None)
 
 
 def _state_layer(cache: Any, index: int | None) -> Any:

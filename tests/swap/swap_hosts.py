@@ -1,5 +1,6 @@
 """Tiny models of every host, with weights drawn here: name → (model, inputs, how to get its output [B T ·])."""
 
+import inspect
 from functools import partial
 
 import torch
@@ -62,3 +63,10 @@ def out(model, **given) -> torch.Tensor:
         given.setdefault("use_cache", False)
     answer = model(**given)
     return answer.logits if hasattr(answer, "logits") else answer.last_hidden_state
+
+
+def cached(model, ids, cache=None):
+    """The cache after ids [B T], which follow `cache`. transformers calls it past_key_values before 5.24."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    with torch.no_grad():
+        return getattr(model(ids, use_cache=True, **{name: cache}), name)

@@ -6,7 +6,7 @@ import torch
 import linattn
 
 pytest.importorskip("transformers")
-from swap_hosts import CAUSAL, inputs, out
+from swap_hosts import CAUSAL, cached, inputs, out
 
 WAYS = {
     "linear": dict(variant="linear"),
@@ -81,35 +81,48 @@ def test_the_cache_does_not_grow():
     linattn.swap_attention(model, "gla", window=3)
     ids = inputs(model)["input_ids"]
     held = lambda cache: sum(t.numel() for layer in cache.layers for part in layer.state for t in part if t is not None)
-    with torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
-        first = held(cache)
-        for _ in range(30):
-            cache = model(ids[:, :1], past_key_values=cache).past_key_values
+    cache = cached(model, ids)
+    first = held(cache)
+    for _ in range(30):
+        cache = cached(model, ids[:, :1], cache)
     assert held(cache) == first > 0
     assert cache.get_seq_length() == 42
+
+
+def test_a_cache_of_another_name_is_found():
+    """transformers has renamed it before; overlooked, every token would silently be the first."""
+    from transformers import DynamicCache
+
+    model = CAUSAL["llama"]()
+    linattn.swap_attention(model, "linear")
+    module, x = model.model.layers[0].self_attn, torch.randn(1, 6, 32)
+    cache, places = DynamicCache(), (torch.ones(1, 6, 8), torch.zeros(1, 6, 8))
+    turned = lambda a, b: tuple(t[:, a:b] for t in places)
+    with torch.no_grad():
+        whole, _ = module(x, position_embeddings=turned(0, 6))
+        parts = [module(x[:, a:b], position_embeddings=turned(a, b), what_it_may_be_called=cache)[0] for a, b in ((0, 4), (4, 6))]
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
 
 
 def test_what_a_state_cannot_do():
     model = CAUSAL["llama"]()
     ids = inputs(model)["input_ids"]
-    with torch.no_grad():
-        softmax = model(ids, use_cache=True).past_key_values
+    softmax = cached(model, ids)
     linattn.swap_attention(model, "linear")
-    with pytest.raises(ValueError, match="layer 0 of the cache holds keys and values of softmax attention"), torch.no_grad():
-        model(ids[:, :1], past_key_values=softmax)
+    with pytest.raises(ValueError, match="layer 0 of the cache holds keys and values of softmax attention"):
+        cached(model, ids[:, :1], softmax)
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         generate(model, ids[:1], prompt_lookup_num_tokens=2)
+    cache = cached(model, ids)
+    with pytest.raises(ValueError, match="cannot be taken back by tokens: no crop, and no assisted or speculative decoding"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="the cache holds 2 sequences; got 1 to go on with"):
+        cached(model, ids[:1, :1], cache)
+    cache.batch_repeat_interleave(2)
+    cached(model, ids[:, :1].repeat_interleave(2, 0), cache)
+    cache.batch_select_indices(torch.tensor([0]))
+    cached(model, ids[:1, :1], cache)
     with torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="cannot be taken back by tokens: no crop, and no assisted or speculative decoding"):
-            cache.crop(-1)
-        with pytest.raises(ValueError, match="the cache holds 2 sequences; got 1 to go on with"):
-            model(ids[:1, :1], past_key_values=cache)
-        cache.batch_repeat_interleave(2)
-        model(ids[:, :1].repeat_interleave(2, 0), past_key_values=cache)
-        cache.batch_select_indices(torch.tensor([0]))
-        model(ids[:1, :1], past_key_values=cache)
         with pytest.raises(ValueError, match="output_attentions=True: linear attention has no attention weights"):
             model(ids, output_attentions=True)
     packed = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8]])
