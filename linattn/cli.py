@@ -47,7 +47,7 @@ MODEL, DATA, OPTIMISATION, MACHINE, RUN, SAMPLING = (
 )
 VARIANTS = (
     "linear, retnet, lightning, mamba2, gla, delta, gated_delta, kda, lion_lit, lion_d, lion_s, lion_lit_mlm, lion_d_mlm, lion_s_mlm, "
-    "taylorshift, ecoformer, molformer or softmax"
+    "taylorshift, ecoformer, molformer, sse_gla, sse_gdn or softmax"
 )
 Preset = Annotated[str | None, MODEL(help="Size: tiny, small, base, 350m or 1b.", show_default="tiny")]
 Variant = Annotated[str | None, MODEL(help=f"Attention: {VARIANTS}.", show_default="gla")]
@@ -216,6 +216,7 @@ def probe_text(
     from . import probe
     from .models import Decoder
     from .probes import plots
+    from .probes.points import points
     from .train import checkpoint as checkpoints
     from .train import engine, tokenizer
 
@@ -232,7 +233,8 @@ def probe_text(
         raise ValueError(f"at must be one of the text's {len(ids)} tokens, from 0; got {at}")
     model = Decoder.from_pretrained(folder, backend=backend).to(engine.pick_device(device)).eval()
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
-    with torch.no_grad(), probe(model, keep=("final", "writes", "gates", "reads")) as p:
+    layers = [name for name in points(model) if not name.endswith(".routed")]  # whose rows are no text: see `probes.points`
+    with torch.no_grad(), probe(model, layers=layers, keep=("final", "writes", "gates", "reads")) as p:
         model(tokens)
     words = [coder.decode([i]).decode("utf-8", "backslashreplace") for i in ids]
     config = model.config

@@ -10,12 +10,12 @@ from .mlp import MLP, SwiGLU
 from .recattn import RecAttention
 from .scatter import ScatterFormerBlock, segment_linear_attention, windows
 from .softmax import SoftmaxAttention, SoftmaxState
-from .sse import SparseStateExpansion
+from .sse import EXPANSIONS, ExpandedState, SparseStateExpansion
 from .taylor import taylor_attention
 from .variants import VARIANTS, Variant
 
 __all__ = [
-    "FEATURES", "MLP", "VARIANTS", "ByteNetBlock", "LayerState", "LinearAttention", "Mixer", "RecAttention", "ScatterFormerBlock",
-    "ShortConvolution", "SoftmaxAttention", "SoftmaxState", "SparseStateExpansion", "SwiGLU", "Variant", "segment_linear_attention",
-    "snake", "snakes", "taylor_attention", "windows",
+    "EXPANSIONS", "FEATURES", "MLP", "VARIANTS", "ByteNetBlock", "ExpandedState", "LayerState", "LinearAttention", "Mixer", "RecAttention",
+    "ScatterFormerBlock", "ShortConvolution", "SoftmaxAttention", "SoftmaxState", "SparseStateExpansion", "SwiGLU", "Variant",
+    "segment_linear_attention", "snake", "snakes", "taylor_attention", "windows",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The only module that calls the operator: heads of q, k and v, features, decay and beta → o, whoever made the heads."""
+"""What a variant does between the projections and the output norm: heads of q, k and v → o, whoever made the heads."""
 
 from collections.abc import Callable
 from typing import Any
@@ -93,6 +93,7 @@ class Mixer(nn.Module):
         mask: Tensor | None = None,
         curves: Tensor | None = None,
         *,
+        write: Tensor | None = None,
         start: int = 0,
         shard: Shard | None = None,
         return_state: bool = False,
@@ -101,6 +102,7 @@ class Mixer(nn.Module):
 
         mask [B T] bool, True for a real token: the others write nothing and nothing is forgotten at them; their own o means nothing.
         curves [2 T] int64, two permutations of the tokens, where the mixer has two. start: tokens before the first one here, for `prefix`.
+        write [B T H or 1]: how much of itself a token writes; it scales beta of the delta rule, else the value.
         shard: which part of every sequence this is, of several processes.
         With multi_value q and k have one head, which serves all those of v. A single token with a state and without gradients takes the
         operator's `step`. A feature map with `attend`, a shorter way to what the operator would give for its features, is asked for that.
@@ -114,6 +116,8 @@ class Mixer(nn.Module):
         if self.variant.multi_value:
             q, k = (t.expand(-1, -1, v.shape[2], -1) for t in (q, k))
         beta = None if self.b_proj is None else self.b_proj(x).to(gate_dtype(x)).sigmoid()
+        if write is not None:
+            v, beta = (v * write[..., None].to(v.dtype), None) if beta is None else (v, beta * write)
         if self.probe is not None and (self.second_decay is not None or shard is not None):
             raise ValueError("a layer of two curves, or of a sequence in several processes, cannot be probed")
         if self.second_decay is not None:

@@ -1,8 +1,10 @@
 """One pre-norm block of a stack: attention, then feed-forward, each added to the residual stream."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from ..layers import LinearAttention, SoftmaxAttention, SwiGLU
+from ..layers import EXPANSIONS, LinearAttention, SoftmaxAttention, SparseStateExpansion, SwiGLU
 from .config import DecoderConfig
 
 
@@ -24,15 +26,14 @@ class Block(nn.Module):
 def make_block(config: DecoderConfig, layer_idx: int, *, backend: str = "auto") -> Block:
     """Block `layer_idx` of a decoder: the attention its config names there, and SwiGLU."""
     name = config.attention(layer_idx)
+    place: dict[str, Any] = dict(num_kv_heads=config.num_kv_heads, layer_idx=layer_idx, num_layers=config.num_layers)
+    linear: dict[str, Any] = dict(expand_k=config.expand_k, expand_v=config.expand_v, norm_eps=config.norm_eps, backend=backend)
     attention: nn.Module
     if name == "softmax":
-        attention = SoftmaxAttention(
-            config.dim, config.num_heads, num_kv_heads=config.num_kv_heads, theta=config.rope_theta,
-            layer_idx=layer_idx, num_layers=config.num_layers,
-        )  # fmt: skip
+        attention = SoftmaxAttention(config.dim, config.num_heads, theta=config.rope_theta, **place)
+    elif name in EXPANSIONS:
+        sizes: dict[str, Any] = dict(partitions=config.partitions, active=config.active, conv=config.short_conv)
+        attention = SparseStateExpansion(config.dim, config.num_heads, name, **sizes, **place, **linear)
     else:
-        attention = LinearAttention(
-            config.dim, config.num_heads, name, num_kv_heads=config.num_kv_heads, expand_k=config.expand_k, expand_v=config.expand_v,
-            layer_idx=layer_idx, num_layers=config.num_layers, norm_eps=config.norm_eps, backend=backend,
-        )  # fmt: skip
+        attention = LinearAttention(config.dim, config.num_heads, name, **place, **linear)
     return Block(attention, SwiGLU(config.dim, config.hidden, num_layers=config.num_layers), config.dim, norm_eps=config.norm_eps)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from ..layers import VARIANTS
+from ..layers import EXPANSIONS, VARIANTS
 
-MIXERS = (*VARIANTS, "softmax")
+MIXERS = (*VARIANTS, *EXPANSIONS, "softmax")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class DecoderConfig:
     MODEL_TYPE: ClassVar[str] = "linattn_decoder"
 
     vocab_size: int
-    variant: str = "gla"  # a name in linattn.VARIANTS, or "softmax"
+    variant: str = "gla"  # a name in linattn.VARIANTS or linattn.layers.EXPANSIONS, or "softmax"
     dim: int = 128
     num_layers: int = 4
     num_heads: int = 2
@@ -27,11 +27,15 @@ class DecoderConfig:
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0  # of the softmax layers
+    partitions: int = 4  # of Sparse State Expansion, sse_…: states beside the shared one,
+    active: int = 1  # and those of them that are open to a token
+    short_conv: int = 0  # width of its short convolution; 0: none
 
     def __post_init__(self):
         if self.variant not in MIXERS:
             raise ValueError(f"variant must be one of {list(MIXERS)}; got {self.variant!r}")
-        for name, least in dict(vocab_size=1, dim=1, num_layers=1, num_heads=1, softmax_every=0).items():
+        least_of = dict(vocab_size=1, dim=1, num_layers=1, num_heads=1, softmax_every=0, partitions=2, active=1, short_conv=0)
+        for name, least in least_of.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer, at least {least}; got {value!r}")

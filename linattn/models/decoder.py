@@ -91,6 +91,15 @@ class Decoder(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
 
+    @property
+    def balance_loss(self) -> Tensor | None:
+        """How unevenly the last forward in training used the partitions of its Sparse State Expansions, summed over layers; else None.
+
+        0.01 of it belongs to the loss, as the paper has it; `linattn train` adds it.
+        """
+        losses = [loss for block in self.blocks if (loss := getattr(block.attention, "balance_loss", None)) is not None]
+        return torch.stack(losses).sum() if losses else None
+
     def flops_per_token(self, T: int) -> float:
         """FLOPs of forward and backward for one of T tokens, a product and a sum counted as two.
 

@@ -74,12 +74,13 @@ def load(model: nn.Module, config: Any, folder: Path) -> None:
                 raise ValueError(f"{path} does not fit its {CONFIG}: {'; '.join(problems)}")
             saved = json.loads((file.metadata() or {}).get("config", "{}"))
             asked = json.loads(json.dumps(asdict(config)))  # as JSON has it: a tuple is a list
-            here = {name: value for name, value in asked.items() if saved and saved.get(name) != value}
+            here = {name: value for name, value in asked.items() if name in saved and saved[name] != value}  # older ones lack fields
             there = {name: saved.get(name) for name in here}
             if here:
                 raise ValueError(f"{path} and {CONFIG} are of different saves: {there} in the one, {here} in the other")
             for name, parameter in parameters.items():
-                parameter.data = file.get_tensor(name)  # not a new Parameter: the old one carries marks
+                # not a new Parameter: the old one carries marks; a copy: how memory is aligned may decide the last bits of a product
+                parameter.data = file.get_tensor(name).clone()
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated, or no safetensors file: {error}") from None
 

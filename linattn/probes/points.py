@@ -15,7 +15,8 @@ class Point(NamedTuple):
 def points(model: nn.Module) -> dict[str, Point]:
     """Name → what can be probed, in the order of `named_modules`. A mixer that serves at two places has the first one's name.
 
-    A mixer is known by its attribute `probe`, its convolution by `conv_probe` in the module that holds both.
+    A mixer is known by its attribute `probe`, its convolution by `conv_probe` in the module that holds both; it is that of the first mixer
+    there. The mixer `routed` of Sparse State Expansion sees packed sequences, one for each sequence and partition.
     """
     modules = dict(model.named_modules())
     found = {}
@@ -24,7 +25,8 @@ def points(model: nn.Module) -> dict[str, Point]:
             continue
         holder = modules.get(name.rpartition(".")[0]) if name else None
         convs = [child for child in holder.children() if "conv_probe" in vars(child)] if holder is not None else []
-        found[name or "mixer"] = Point(module, convs[0] if convs else None)
+        taken = [point.conv for point in found.values()]
+        found[name or "mixer"] = Point(module, convs[0] if convs and convs[0] not in taken else None)
     if not found:
         raise ValueError(f"model has no linear attention to probe: {type(model).__name__} holds no Mixer")
     return found

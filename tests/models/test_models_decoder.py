@@ -38,6 +38,20 @@ def test_prefill_and_decoding_give_the_logits_of_the_whole(variant, sizes):
     torch.testing.assert_close(logits, whole[:, -1], rtol=1e-5, atol=1e-5)
 
 
+def test_sparse_state_expansion_takes_its_sizes_and_owes_a_balance():
+    model, text = make("sse_gdn", softmax_every=2, num_layers=3, partitions=6, active=2, short_conv=3, num_kv_heads=1), tokens(2, 9)
+    _, state = model(text, return_state=True)
+    assert state[0].kv.shape == (2, 7, 1, 8, 8) and state[0].conv.shape == (2, 16 + 8, 2)
+    layers = [model.blocks[i].attention for i in (0, 2)]
+    torch.testing.assert_close(model.balance_loss, sum(layer.balance_loss for layer in layers))
+    model.eval()(text)
+    assert model.balance_loss is None and make("gla").train().balance_loss is None
+    made = model.generate(text, 5, seed=0)
+    assert torch.equal(made, model.generate(text, 5, seed=0)) and made.shape == (2, 14)
+    with pytest.raises(ValueError, match="active must be at least 1 and less than partitions; got 4 of 4"):
+        make("sse_gla", active=4)
+
+
 def test_a_float64_decoder_agrees_with_itself_to_1e_9():
     model, text = make("kda", softmax_every=2).double(), tokens(2, 12)
     logits, state = model(text[:, :5], return_state=True)
@@ -77,12 +91,14 @@ def test_gradients_reach_every_parameter(variant):
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.ne(0).any(), name
 
 
-def test_checkpointed_activations_change_no_gradient():
-    model, text = make("mamba2", softmax_every=2), tokens(2, 9)
+@pytest.mark.parametrize("variant", ["mamba2", "sse_gla", "sse_gdn"])
+def test_checkpointed_activations_change_no_gradient(variant):
+    model, text = make(variant, softmax_every=2), tokens(2, 9)
     gradients = []
     for checkpoint in (False, True):
         model.zero_grad()
-        next_token_loss(model(text, checkpoint_activations=checkpoint)[0], text).backward()
+        loss = next_token_loss(model(text, checkpoint_activations=checkpoint)[0], text)
+        (loss if model.balance_loss is None else loss + model.balance_loss).backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)

@@ -18,7 +18,7 @@ from linattn.train.data import standard_library
 from linattn.train.engine import Engine
 from linattn.train.log import read
 from linattn.train.stop import Stop
-from linattn.train.tasks import DecoderTask
+from linattn.train.tasks import TASKS, DecoderTask
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +228,15 @@ def test_a_report_that_cannot_be_made_is_said_first(config, tmp_path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
+def test_what_the_router_owes_is_in_the_loss(config):
+    config = replace(config, variant="sse_gdn", options=dict(balance=0.5), overrides=dict(dim=16, num_layers=2))
+    task = TASKS["decoder"](config, None)
+    model, batch = task.create().train(), task.batch(0, range(2))
+    loss, owed = task.losses(model, batch).mean(), model.balance_loss
+    assert owed >= 1  # of two layers: 2 where all is even
+    torch.testing.assert_close(loss, task.losses(model.eval(), batch).mean() + 0.5 * owed)
+
+
 def test_tensorboard_has_what_the_log_has(config, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -242,7 +251,8 @@ def test_tensorboard_has_what_the_log_has(config, tmp_path):
     "change, how, said",
     [
         (dict(task="poetry"), {}, r"task must be one of \['decoder'"),
-        (dict(options=dict(rhyme=True)), {}, "the task decoder has no options of its own; got {'rhyme': True}"),
+        (dict(options=dict(rhyme=True)), {}, r"the task decoder has no option 'rhyme'; there are \['balance'\]"),
+        (dict(options=dict(balance=-1.0)), {}, "balance must be at least 0; got -1.0"),
         (dict(variant="mha"), {}, "variant must be one of"),
         (dict(preset="huge"), {}, "preset must be one of"),
         (dict(overrides=dict(depth=3)), {}, "has no field 'depth'"),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,19 @@ from torch import Tensor, nn
 from ...models import Decoder
 from .. import data, tokens
 from ..config import Config
+from . import options
 from .task import Batch, Task, cut
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderOptions:
+    """What the task can be told besides the config. ValueError for what is out of range."""
+
+    balance: float = 0.01  # weight of the balance loss of Sparse State Expansion, whose paper has 0.01; others have none
+
+    def __post_init__(self):
+        if self.balance < 0:
+            raise ValueError(f"balance must be at least 0; got {self.balance}")
 
 
 class DecoderTask(Task):
@@ -22,8 +35,7 @@ class DecoderTask(Task):
 
     def __init__(self, config: Config, saved: Path | None):
         super().__init__(config, saved)
-        if config.options:
-            raise ValueError(f"the task decoder has no options of its own; got {config.options}")
+        self.options = options.read(DecoderOptions, config.options, config.task)
         self.corpus = tokens.corpus(config, saved)
         if config.packing and config.context_parallel > 1:
             raise ValueError("packing needs context_parallel = 1: a document that lies on two processes has no place in cu_seqlens")
@@ -62,13 +74,14 @@ class DecoderTask(Task):
     def _bytes(self, windows: Tensor) -> Tensor:
         return torch.tensor(self.corpus.tokenizer.count(windows[:, 1:]))
 
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+    def losses(self, model: Any, batch: Batch) -> Tensor:
         x, y = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
         packed: dict[str, Any] = {}
         if "cu_seqlens" in batch:
             x, packed = x.reshape(1, -1), {"cu_seqlens": batch["cu_seqlens"]}
         logits, _ = model(x, **packed)
-        return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none")
+        losses, balance = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none"), model.balance_loss
+        return losses if balance is None else losses + self.options.balance * balance  # to their mean it is added once
 
     def evaluation(self) -> Iterator[Batch]:
         windows = data.held_out_windows(self.corpus.held_out, context=self.config.context, count=self.config.eval_windows)
