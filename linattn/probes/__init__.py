@@ -2,6 +2,7 @@
 
 from .edits import duals, without_key_direction, without_value_direction, written
 from .measures.fitted import Curve, LinearProbe, ProbeResult, layer_curve, leace, random_keys
+from .measures.frozen import frozen_coefficients, jacobian
 from .measures.geometry import (
     MinibatchCKA,
     alignment,
@@ -40,9 +41,11 @@ __all__ = [
     "cka",
     "difference_of_means",
     "duals",
+    "frozen_coefficients",
     "half_life",
     "ideal_words",
     "interference",
+    "jacobian",
     "layer_curve",
     "leace",
     "lens",
