@@ -14,27 +14,11 @@ GATES = ("q_proj", "k_proj", "query", "key", "g_proj", "gate_proj", "decay", "se
 RATIOS = {"abs", "elu", "gelu", "hardswish", "leaky_relu", "mish", "relu", "relu6", "selu", "silu"}
 # Every other function that is not linear gives a coefficient and nothing else.
 COEFFICIENTS = {
-    "clamp", "clamp_max", "clamp_min", "cos", "cosh", "erf", "exp", "expm1", "log", "log1p", "log_softmax", "logsigmoid", "logsumexp", "norm",
-    "pow", "prod", "rdiv", "reciprocal", "rpow", "rsqrt", "rtruediv", "sigmoid", "sin", "softmax", "softplus", "sqrt", "square", "std", "tan",
-    "tanh", "var", "vector_norm",
+    "clamp", "clamp_max", "clamp_min", "cos", "cosh", "erf", "exp", "expm1", "log", "log1p", "log_softmax", "logsigmoid", "logsumexp",
+    "norm", "pow", "prod", "rdiv", "reciprocal", "rpow", "rsqrt", "rtruediv", "sigmoid", "sin", "softmax", "softplus", "sqrt", "square",
+    "std", "tan", "tanh", "var", "vector_norm",
 }  # fmt: skip
-PRODUCTS = {
-    "mul",
-    "matmul",
-    "bmm",
-    "mm",
-    "mv",
-    "dot",
-    "einsum",
-    "addcmul",
-    "addbmm",
-    "baddbmm",
-    "addmm",
-    "linear",
-    "outer",
-    "rmul",
-    "rmatmul",
-}
+PRODUCTS = {"mul", "rmul", "matmul", "rmatmul", "mm", "bmm", "mv", "dot", "outer", "einsum", "linear", "addcmul", "addmm", "baddbmm"}
 
 
 def _ratio(f: Callable, x: Tensor, *args, **kwargs) -> Tensor:
