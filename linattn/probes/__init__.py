@@ -1,7 +1,9 @@
 """See, measure and edit what a state remembers: `linattn.probe`, what it keeps, and what can be told from that."""
 
 from .edits import duals, without_key_direction, without_value_direction, written
-from .measures.fitted import Curve, LinearProbe, ProbeResult, layer_curve, leace, random_keys
+from .measures.bilinear import BilinearProbe, BilinearResult
+from .measures.controls import Figure, controlled, random_keys, untrained
+from .measures.fitted import Curve, LinearProbe, ProbeResult, layer_curve, leace
 from .measures.frozen import frozen_coefficients, jacobian
 from .measures.geometry import (
     MinibatchCKA,
@@ -24,7 +26,10 @@ from .storage import Traces, load
 from .trace import Snapshot, Trace
 
 __all__ = [
+    "BilinearProbe",
+    "BilinearResult",
     "Curve",
+    "Figure",
     "HalfLife",
     "LinearProbe",
     "MinibatchCKA",
@@ -39,6 +44,7 @@ __all__ = [
     "alignment",
     "causal_inner_product",
     "cka",
+    "controlled",
     "difference_of_means",
     "duals",
     "frozen_coefficients",
@@ -64,6 +70,7 @@ __all__ = [
     "trajectory",
     "transition",
     "uniformity",
+    "untrained",
     "without_key_direction",
     "without_value_direction",
     "write_strength",

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-LABELS = ("shuffled labels", "random labels")
-
+from .controls import LABELS, beside, check_ids, check_share, relabelled, split
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ProbeResult:
@@ -18,7 +17,7 @@ class ProbeResult:
     controls: dict[str, float]  # the same score of each control
     chance: float  # share of the commonest class of the fitted rows, where that were always the guess; 0 of numbers
     held_out: int  # rows that `score` is of
-    weight: Tensor  # [d c], zero outside `features`
+    weight: Tensor  # [d c], zero outside `features`; of states [K V c]
     bias: Tensor  # [c]
     classes: Tensor | None  # [c], what a column stands for; None: numbers
     features: Tensor  # columns of X in use, the most telling first where the probe is k-sparse
@@ -29,15 +28,15 @@ class ProbeResult:
         return self.score - max(self.controls.values()) if self.controls else None
 
     def predict(self, X: Tensor) -> Tensor:
-        """[n] classes, or [n c] numbers, of X [n d]."""
-        out = X.to(self.weight) @ self.weight + self.bias
+        """[n] classes, or [n c] numbers, of X [n d], or of states [n K V]."""
+        out = X.to(self.weight).flatten(1) @ self.weight.flatten(0, -2) + self.bias
         return out if self.classes is None else self.classes[out.argmax(-1)]
 
     def __repr__(self) -> str:
         name = "R²" if self.classes is None else "accuracy"
-        controls = ", ".join(f"{name} {value:.3f}" for name, value in self.controls.items())
+        controls = beside({control: f"{value:.3f}" for control, value in self.controls.items()})
         chance = "" if self.classes is None else f"; chance {self.chance:.3f}"
-        return f"{name} {self.score:.3f} ({f'controls: {controls}' if controls else 'no control'}{chance}; {self.held_out} rows held out)"
+        return f"{name} {self.score:.3f} ({controls}{chance}; {self.held_out} rows held out)"
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class LinearProbe:
     held_out  share of rows, or of groups, that the fit does not see
     seed      of the split and of the controls
 
-    Raises ValueError for sizes out of range. Source of linear probes: arXiv:1610.01644.
+    Raises ValueError for sizes out of range. Source of linear probes: arXiv:1610.01644. Of states as they are: `BilinearProbe`.
     """
 
     kind: str = "ridge"
@@ -69,8 +68,7 @@ class LinearProbe:
             raise ValueError(f"kind must be 'ridge' or 'logistic'; got {self.kind!r}")
         if not self.ridge > 0:
             raise ValueError(f"ridge must be above 0; got {self.ridge!r}")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out must lie in (0, 1); got {self.held_out!r}")
+        check_share(self.held_out)
         if self.k is not None and (not isinstance(self.k, int) or self.k < 1):
             raise ValueError(f"k must be a number of columns, at least 1, or None; got {self.k!r}")
 
@@ -85,46 +83,15 @@ class LinearProbe:
         against   by name other activations [n d'] of the same samples: reads with `random_keys`, or an untrained model's
         groups    [n] whole numbers: rows of one, as those of one sequence, are held out together
         """
-        X, y, classes = _samples(X, y)
-        against = dict(against or {})
-        if unknown := [name for name in controls if name not in LABELS]:
-            raise ValueError(f"controls must be of {list(LABELS)}; got {unknown}")
+        X, y, classes = samples(X, y)
         if self.kind == "logistic" and classes is None:
             raise ValueError("y must be classes, whole numbers or bool, where kind='logistic'; got real numbers")
         if self.k is not None and self.k > X.shape[1]:
             raise ValueError(f"k must be at most the {X.shape[1]} columns of X; got {self.k}")
-        for name, other in against.items():
-            if other.ndim != 2 or len(other) != len(X) or not other.isfinite().all():
-                raise ValueError(f"against[{name!r}] must be [n d], finite, of the same {len(X)} samples; got {tuple(other.shape)}")
-        for name, ids in (("groups", groups), ("types", types)):
-            if ids is not None and ids.shape != (len(X),):
-                raise ValueError(f"{name} must be [n] = ({len(X)},); got {tuple(ids.shape)}")
-        draw = torch.Generator().manual_seed(self.seed)
-        train, test = self._split(len(X), groups, draw)
-        if classes is not None and (missing := set(range(len(classes))) - set(y[train].tolist())):
-            raise ValueError(f"y must have every class among the fitted rows; {classes[sorted(missing)].tolist()} is held out altogether")
-        score, weight, bias, features = self._score(X, y, classes, train, test)
-        chance = 0.0 if classes is None else (y[test] == y[train].mode().values).double().mean().item()
-        found = {}
-        for name in controls:
-            found[name] = self._score(X, _control(name, y, types, draw), classes, train, test)[0]
-        for name, other in against.items():
-            found[name] = self._score(other.detach().to(X), y, classes, train, test)[0]
-        return ProbeResult(score, found, chance, len(test), weight, bias, classes, features)
+        return scored(self, ProbeResult, X, y, classes, controls, against, groups, types)
 
-    def _split(self, n: int, groups: Tensor | None, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        ids = torch.arange(n) if groups is None else groups.cpu().unique(return_inverse=True)[1]
-        count = int(ids.max()) + 1
-        out = round(self.held_out * count)
-        if not 0 < out < count:
-            raise ValueError(
-                f"held_out must leave something on both sides of {count} {'rows' if groups is None else 'groups'}; got {self.held_out}"
-            )
-        kept = torch.ones(count, dtype=torch.bool)
-        kept[torch.randperm(count, generator=draw)[:out]] = False
-        return kept[ids].nonzero()[:, 0], (~kept[ids]).nonzero()[:, 0]
-
-    def _score(self, X, y, classes, train, test) -> tuple[float, Tensor, Tensor, Tensor]:
+    def map(self, X: Tensor, y: Tensor, classes: Tensor | None, train: Tensor) -> dict[str, Tensor]:
+        """weight, bias and features of the rows `train` of X [n d] and y, as `samples` gives them."""
         Y = y if classes is None else torch.nn.functional.one_hot(y, len(classes)).to(X)
         mean, std = X[train].mean(0), X[train].std(0)
         std = std.where(std > 10 * torch.finfo(X.dtype).eps * mean.abs(), torch.inf)  # a column that does not move tells nothing
@@ -133,15 +100,9 @@ class LinearProbe:
         if self.k is not None:
             features = explained(Z[train], y[train], classes).topk(min(self.k, X.shape[1])).indices
         W, b = self._map(Z[train][:, features], Y[train], y[train])
-        out = Z[test][:, features] @ W + b
-        if classes is not None:
-            score = (out.argmax(-1) == y[test]).double().mean().item()
-        else:
-            left, there = (out - Y[test]).square().sum(), (Y[test] - Y[train].mean(0)).square().sum()
-            score = 1 - (left / there.clamp_min(torch.finfo(X.dtype).tiny)).item()
         weight = X.new_zeros(X.shape[1], W.shape[1])
         weight[features] = W / std[features, None]
-        return score, weight, b - mean @ weight, features
+        return {"weight": weight, "bias": b - mean @ weight, "features": features}
 
     def _map(self, Z, Y, y) -> tuple[Tensor, Tensor]:
         if self.kind == "ridge":
@@ -212,12 +173,6 @@ def explained(X: Tensor, y: Tensor, classes: Tensor | None) -> Tensor:
     return ((hot.mT @ X).square() / hot.sum(0).clamp_min(1)[:, None]).sum(0) / total.clamp_min(tiny)
 
 
-def random_keys(like: Tensor, seed: int = 0) -> Tensor:
-    """Keys of the shape and norms of `like` [… K] in random directions: what is read with them is the control of what is read with keys."""
-    keys = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(like)
-    return torch.nn.functional.normalize(keys, dim=-1) * like.norm(dim=-1, keepdim=True)
-
-
 def leace(X: Tensor, y: Tensor, *, svd_tol: float = 1e-2, affine: bool = True):
     """LEACE of y in X [n d], arXiv:2306.03819: the least change after which no linear map tells more of y than its mean does.
 
@@ -225,7 +180,7 @@ def leace(X: Tensor, y: Tensor, *, svd_tol: float = 1e-2, affine: bool = True):
     reads Sᵀ k, `S @ eraser.P.mT` is a state whose every read has gone through it (ask for affine=False: a state has no place for a mean).
     Correlations below svd_tol stay, and so does what is not linear; score `LinearProbe` on erased rows that the fit has not seen.
     """
-    X, y, classes = _samples(X, y)
+    X, y, classes = samples(X, y)
     if not svd_tol > 0:
         raise ValueError(f"svd_tol must be above 0; got {svd_tol!r}")
     with warnings.catch_warnings():  # it scripts a function when imported, which torch has begun to deprecate
@@ -235,12 +190,11 @@ def leace(X: Tensor, y: Tensor, *, svd_tol: float = 1e-2, affine: bool = True):
     return LeaceEraser.fit(X, y if classes is None else torch.nn.functional.one_hot(y, len(classes)).to(X), svd_tol=svd_tol, affine=affine)
 
 
-def _samples(X: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """X [n d] and y, numbers [n c] or indices [n] of the classes that come with them; without gradients."""
-    if X.ndim != 2 or y.ndim not in (1, 2) or len(y) != len(X) or len(X) < 4:
-        raise ValueError(
-            f"X and y must be [n d] and [n] or [n c] of the same samples, 4 or more; got {tuple(X.shape)} and {tuple(y.shape)}"
-        )
+def samples(X: Tensor, y: Tensor, form: str = "n d") -> tuple[Tensor, Tensor, Tensor | None]:
+    """X of that form and y, numbers [n c] or indices [n] of the classes that come with them; without gradients."""
+    if X.ndim != len(form.split()) or y.ndim not in (1, 2) or len(y) != len(X) or len(X) < 4:
+        got = f"{tuple(X.shape)} and {tuple(y.shape)}"
+        raise ValueError(f"X and y must be [{form}] and [n] or [n c] of the same samples, 4 or more; got {got}")
     X = X.detach()
     X = X if X.dtype == torch.float64 else X.float()
     if not X.isfinite().all():
@@ -260,9 +214,31 @@ def _samples(X: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     return X, y, classes
 
 
-def _control(name: str, y: Tensor, types: Tensor | None, draw: torch.Generator) -> Tensor:
-    n = len(y)
-    if name == "shuffled labels":
-        return y[torch.randperm(n, generator=draw)]
-    ids = torch.arange(n) if types is None else types.cpu().unique(return_inverse=True)[1]
-    return y[torch.randint(0, n, (int(ids.max()) + 1,), generator=draw)[ids]]  # one row's label, drawn for each type
+def scored(probe, result, X, y, classes, controls, against, groups, types) -> ProbeResult:
+    """`probe.map` of rows that are not held out, scored on those that are, and again for every control; X, y, classes as of `samples`."""
+    against = dict(against or {})
+    if unknown := [name for name in controls if name not in LABELS]:
+        raise ValueError(f"controls must be of {list(LABELS)}; got {unknown}")
+    for name, other in against.items():
+        if other.ndim != X.ndim or len(other) != len(X) or not other.isfinite().all():
+            form = "[n d]" if X.ndim == 2 else "[n K V]"
+            raise ValueError(f"against[{name!r}] must be {form}, finite, of the same {len(X)} samples; got {tuple(other.shape)}")
+    check_ids(len(X), groups=groups, types=types)
+    draw = torch.Generator().manual_seed(probe.seed)
+    train, test = split(len(X), probe.held_out, groups, draw)
+    if classes is not None and (missing := set(range(len(classes))) - set(y[train].tolist())):
+        raise ValueError(f"y must have every class among the fitted rows; {classes[sorted(missing)].tolist()} is held out altogether")
+
+    def score(X, y, map):
+        out = X[test].flatten(1) @ map["weight"].flatten(0, -2) + map["bias"]
+        if classes is not None:
+            return (out.argmax(-1) == y[test]).double().mean().item()
+        left, there = (out - y[test]).square().sum(), (y[test] - y[train].mean(0)).square().sum()
+        return 1 - (left / there.clamp_min(torch.finfo(X.dtype).tiny)).item()
+
+    found = probe.map(X, y, classes, train)
+    chance = 0.0 if classes is None else (y[test] == y[train].mode().values).double().mean().item()
+    others = {name: (X, relabelled(name, y, types, draw)) for name in controls}
+    others |= {name: (other.detach().to(X), y) for name, other in against.items()}
+    scores = {name: score(X_, y_, probe.map(X_, y_, classes, train)) for name, (X_, y_) in others.items()}
+    return result(score=score(X, y, found), controls=scores, chance=chance, held_out=len(test), classes=classes, **found)
