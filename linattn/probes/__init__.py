@@ -3,21 +3,25 @@
 from .edits import duals, without_key_direction, without_value_direction, written
 from .measures.bilinear import BilinearProbe, BilinearResult
 from .measures.controls import Figure, controlled, random_keys, untrained
+from .measures.dissect import Dissection, dissect, unit_maps
 from .measures.fitted import Curve, LinearProbe, ProbeResult, layer_curve, leace
 from .measures.frozen import frozen_coefficients, jacobian
 from .measures.geometry import (
     MinibatchCKA,
+    ablated,
     alignment,
     causal_inner_product,
     cka,
     difference_of_means,
     ideal_words,
     lidar,
-    linear_map,
     rankme,
     rsa,
     uniformity,
 )
+from .measures.maps import LinearMap, LinearRelation, MapResult, RelationResult, between
+from .measures.onion import OnionProbe, OnionResult
+from .measures.sparse import SparseAutoencoder, SparseCode
 from .measures.states import half_life, interference, lens, offsets, ranks, surprise, survival, trajectory, transition, write_strength
 from .probe import probe
 from .reduce import HalfLife, Moments, Saturation, Sketch, participation_ratio
@@ -29,23 +33,35 @@ __all__ = [
     "BilinearProbe",
     "BilinearResult",
     "Curve",
+    "Dissection",
     "Figure",
     "HalfLife",
+    "LinearMap",
     "LinearProbe",
+    "LinearRelation",
+    "MapResult",
     "MinibatchCKA",
     "Moments",
+    "OnionProbe",
+    "OnionResult",
     "ProbeResult",
+    "RelationResult",
     "Report",
     "Saturation",
     "Sketch",
     "Snapshot",
+    "SparseAutoencoder",
+    "SparseCode",
     "Trace",
     "Traces",
+    "ablated",
     "alignment",
+    "between",
     "causal_inner_product",
     "cka",
     "controlled",
     "difference_of_means",
+    "dissect",
     "duals",
     "frozen_coefficients",
     "half_life",
@@ -56,7 +72,6 @@ __all__ = [
     "leace",
     "lens",
     "lidar",
-    "linear_map",
     "load",
     "offsets",
     "participation_ratio",
@@ -70,6 +85,7 @@ __all__ = [
     "trajectory",
     "transition",
     "uniformity",
+    "unit_maps",
     "untrained",
     "without_key_direction",
     "without_value_direction",

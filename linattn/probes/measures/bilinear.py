@@ -20,13 +20,13 @@ class BilinearResult(ProbeResult):
 
 @dataclass(frozen=True)
 class BilinearProbe:
-    """y_c = Σ_r a_rᵀ S b_rc + bias_c from states S [n K V]: `rank` readers a_r, one set for all columns of y, and linear maps of what they read.
+    """y_c = Σ_r a_rᵀ S b_rc + bias_c of states S [n K V]: `rank` readers a_r, which all columns of y share, and what they read in b_r.
 
         found = BilinearProbe(rank=2).fit(trace.state(t)[:, head], value)
         found.readers                                   # [2 K], to compare with `trace.readers` or to erase along
 
-    A flat linear probe has K·V columns; this one has rank · (K + V · c) numbers to fit. Least squares with each of the two sets in turn held
-    still, from the leading singular vectors of the covariance of S with y on, until the error no longer falls.
+    A flat linear probe has K·V·c numbers to fit; this one has rank · (K + V · c). Least squares with readers and maps in turn held still,
+    from the leading singular vectors of the covariance of S with y on, until the error no longer falls.
 
     rank   1 … K; K is the flat ridge
     ridge  in units of the mean variance of an entry

@@ -95,9 +95,7 @@ def split(n: int, held_out: float, groups: Tensor | None, draw: torch.Generator)
     count = int(ids.max()) + 1
     out = round(held_out * count)
     if not 0 < out < count:
-        raise ValueError(
-            f"held_out must leave something on both sides of {count} {'rows' if groups is None else 'groups'}; got {held_out}"
-        )
+        raise ValueError(f"held_out must leave something on both sides of {count} {'rows' if groups is None else 'groups'}; got {held_out}")
     kept = torch.ones(count, dtype=torch.bool)
     kept[torch.randperm(count, generator=draw)[:out]] = False
     return kept[ids].nonzero()[:, 0], (~kept[ids]).nonzero()[:, 0]

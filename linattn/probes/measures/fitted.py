@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .controls import LABELS, beside, check_ids, check_share, relabelled, split
 
+
 @dataclass(frozen=True, eq=False, repr=False)
 class ProbeResult:
     """How well labels can be told from rows that the fit has not seen, what the same fit finds where there is nothing, and the map."""

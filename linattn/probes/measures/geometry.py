@@ -1,9 +1,11 @@
-"""What two sets of activations have in common, how many dimensions one uses, and linear maps between them. Rows are samples."""
+"""What two sets of activations have in common, how many dimensions one uses, and directions in it. Rows are samples."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .maps import same_rows
 
 
 def cka(X: Tensor, Y: Tensor, rbf: float | None = None) -> Tensor:
@@ -11,7 +13,7 @@ def cka(X: Tensor, Y: Tensor, rbf: float | None = None) -> Tensor:
 
     rbf: None, linear; else of the kernel exp(−‖x − x'‖² / 2σ²) with σ this share of the median distance. tr K̃L̃ / (‖K̃‖ ‖L̃‖) then.
     """
-    _same_rows(X, Y)
+    same_rows(X, Y)
     if rbf is None:
         X, Y = X - X.mean(0), Y - Y.mean(0)
         return (Y.mT @ X).square().sum() / ((X.mT @ X).norm() * (Y.mT @ Y).norm())
@@ -40,7 +42,7 @@ def rsa(X: Tensor, Y: Tensor, distance: str = "correlation") -> float:
 
     distance: "correlation" (1 − Pearson's of two rows), "euclidean", or another of scipy's pdist. Kriegeskorte et al. 2008.
     """
-    _same_rows(X, Y)
+    same_rows(X, Y)
     if len(X) < 3:
         raise ValueError(f"X must have at least 3 rows; got {len(X)}")
     from scipy.spatial.distance import pdist
@@ -60,7 +62,7 @@ class MinibatchCKA:
         self.sums = [0.0, 0.0, 0.0]
 
     def update(self, X: Tensor, Y: Tensor) -> None:
-        _same_rows(X, Y)
+        same_rows(X, Y)
         if len(X) < 4:
             raise ValueError(f"X must have at least 4 rows; got {len(X)}")
         K, L = gram(X, self.rbf), gram(Y, self.rbf)
@@ -111,15 +113,21 @@ def difference_of_means(X: Tensor, positive: Tensor) -> Tensor:
     return torch.nn.functional.normalize(X[positive].mean(0) - X[~positive].mean(0), dim=0)
 
 
-def linear_map(X: Tensor, Y: Tensor) -> Tensor:
-    """A [a b] with X A ≈ Y in least squares, without intercept: mat's short cut from layer to layer, arXiv:2303.09435; n ≥ 10 · a rows."""
-    _same_rows(X, Y)
-    return torch.linalg.lstsq(X, Y).solution
+def ablated(X: Tensor, direction: Tensor, mean: Tensor | float = 0.0) -> Tensor:
+    """X [… d] with nothing along `direction` [d] but what `mean` [d] has there: X − d̂ d̂ᵀ(X − mean). arXiv:2310.15154.
+
+    mean=0 takes the direction out; the mean of all X leaves it as uninformative as it can be. How much of a probe's score goes with it is
+    `controlled`'s business: `against={"random direction": ablated(X, random_keys(direction))}`. Of states: `without_value_direction`.
+    """
+    if direction.ndim != 1 or direction.shape != X.shape[-1:]:
+        raise ValueError(f"direction must be [d] = ({X.shape[-1]},); got {tuple(direction.shape)}")
+    d = torch.nn.functional.normalize(direction.to(X), dim=0)
+    return X - ((X - mean) @ d)[..., None] * d
 
 
 def alignment(X: Tensor, Y: Tensor) -> Tensor:
     """Mean ‖x − y‖² between rows that belong together, on the unit sphere: 0 best, at most 4. X and Y [n d]; arXiv:2005.10242."""
-    _same_rows(X, Y)
+    same_rows(X, Y)
     if X.shape != Y.shape:
         raise ValueError(f"X and Y must be of one width; got {X.shape[1]} and {Y.shape[1]}")
     X, Y = (torch.nn.functional.normalize(Z, dim=-1) for Z in (X, Y))
@@ -178,8 +186,3 @@ def ideal_words(X: Tensor, factors: Tensor) -> IdealWords:
     words = [part - (h @ part).mean(0) for h, part in zip(hot, parts)]
     left = (X - mean - H @ torch.cat(words)).square().sum() / (X - mean).square().sum().clamp_min(torch.finfo(X.dtype).tiny)
     return IdealWords(mean, words, [levels for levels, _ in found], 1 - left.item())
-
-
-def _same_rows(X: Tensor, Y: Tensor) -> None:
-    if X.ndim != 2 or Y.ndim != 2 or len(X) != len(Y):
-        raise ValueError(f"X and Y must be [n a] and [n b] of the same samples; got {tuple(X.shape)} and {tuple(Y.shape)}")
