@@ -15,48 +15,56 @@ from linattn.train.log import read
 from . import machine
 
 KILLS = (("worker", 0.28), ("torchrun", 0.65))  # who is sent SIGKILL, once this share of the steps is in the log
-SETTLED = 5  # steps that a process is given before its speed counts
+SETTLED = 3  # steps that a process is given before its speed counts
+SIZES = {  # name: what is trained, each with the same batch whatever the number of processes
+    "the demo's decoder, 4 windows of 512": ["--eval-windows", 1],
+    "the same, 16 windows of 512": ["--eval-windows", 1, "--batch", 16],
+}
 
 
 def run(out: Path, *, steps: int, command: str, say) -> dict:
-    """Train, kill, compare, measure one process beside two; write pretrain.json, and pretrain.png where matplotlib is, to `out`."""
+    """Train, kill, compare; write pretrain.json, and pretrain.png where matplotlib is, to `out`."""
     with tempfile.TemporaryDirectory() as folder:
-        runs = {name: Path(folder) / name for name in ("whole", "killed", "1", "2")}
-        recipe = [
-            "--variant",
-            "gla",
-            "--steps",
-            steps,
-            "--save-every",
-            max(1, steps // 10),
-            "--eval-every",
-            max(1, steps // 4),
-            "--zero",
-            2,
-        ]
+        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
+        recipe = ["--steps", steps, "--save-every", max(1, steps // 10), "--eval-every", max(1, steps // 10), "--zero", 2]
+        facts = {"command": command, **machine.git(), "machine": machine.facts(), "versions": machine.versions()}
         say(f"{steps} steps in 2 processes, left alone")
-        _to_the_end(2, runs["whole"], recipe)
-        kills = []
+        began = time.monotonic()
+        _to_the_end(2, whole, recipe)
+        seconds, kills = time.monotonic() - began, []
         for who, share in KILLS:
             say(f"the same, {who} killed at step {int(share * steps)} or a little later")
-            kills.append(_kill(2, runs["killed"], recipe, who, int(share * steps)))
-        _to_the_end(2, runs["killed"], recipe)
-        speeds = []
-        for processes in (1, 2):
-            say(f"tokens/s of {processes}")
-            _to_the_end(processes, runs[str(processes)], [*recipe[:3], 30, "--save-every", 1000, "--eval-every", 1000, "--zero", 2])
-            rows = read(runs[str(processes)] / "log.csv")[1 + SETTLED :]
-            speeds.append({"processes": processes, "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows)})
-        curves = {name: [_figures(row) for row in read(runs[name] / "log.csv")] for name in ("whole", "killed")}
-        resolved = json.loads((runs["whole"] / "deepspeed.json").read_text())
+            kills.append(_kill(2, killed, recipe, who, int(share * steps)))
+        _to_the_end(2, killed, recipe)
+        curves = {path.name: [_figures(row) for row in read(path / "log.csv")] for path in (whole, killed)}
+        resolved = json.loads((whole / "deepspeed.json").read_text())
     record = {
-        "command": command, **machine.git(), "machine": machine.facts(), "versions": machine.versions(),
-        "equal": curves["whole"] == curves["killed"], "kills": kills, "scaling": speeds, "deepspeed": resolved, "curves": curves,
+        **facts, "seconds": round(seconds), "equal": curves["whole"] == curves["killed"], "kills": kills, "deepspeed": resolved,
+        "curves": curves,
     }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "pretrain.json").write_text(json.dumps(record) + "\n")
+    _write(out / "pretrain.json", record)
     _draw(record, out / "pretrain.png", say)
     return record
+
+
+def scaling(out: Path, *, steps: int, command: str, say) -> dict:
+    """Tokens/s of one process and of two, a thread each, taking turns, twice; write pretrain-scaling.json to `out`."""
+    record = {"command": command, **machine.git(), "machine": machine.facts(), "versions": machine.versions(), "steps": steps}
+    found: dict[tuple[str, int], list[float]] = {(size, n): [] for size in SIZES for n in (1, 2)}
+    for _ in range(2):
+        for (size, n), rates in found.items():
+            say(f"{size}, {n} processes")
+            with tempfile.TemporaryDirectory() as folder:
+                _to_the_end(n, Path(folder), [*SIZES[size], "--steps", steps, "--save-every", steps, "--eval-every", steps, "--zero", 2])
+                rates += [row["tokens_per_s"] for row in read(Path(folder) / "log.csv")[1 + SETTLED :]]
+    rows = [{"size": size, "processes": n, "tokens_per_s": statistics.median(rates)} for (size, n), rates in found.items()]
+    _write(out / "pretrain-scaling.json", record | {"rows": rows})
+    return record | {"rows": rows}
+
+
+def _write(path: Path, record: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record) + "\n")
 
 
 def _draw(record: dict, path: Path, say) -> None:

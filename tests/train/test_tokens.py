@@ -14,15 +14,6 @@ from linattn.train.tasks import DecoderTask
 TEXTS = [f"document {i}: " + "word " * (i % 7 + 5) for i in range(60)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small gain nothing from a second."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "text").mkdir()
