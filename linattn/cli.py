@@ -72,7 +72,8 @@ def root(
 @app.command()
 def train(
     recipe: Annotated[
-        str | None, typer.Option(help="What is trained, and how: decoder, masked, image or distillation.", show_default="decoder")
+        str | None,
+        typer.Option(help="What is trained, and how: decoder, masked, image, distillation or transformers.", show_default="decoder"),
     ] = None,
     option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Option of the recipe's task; repeatable.")] = None,
     preset: Preset = None,

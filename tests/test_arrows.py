@@ -13,7 +13,7 @@ ROOMS = {  # room: the rooms that it may import, besides itself
     "models": {"layers", "ops", "reference"},
     "swap": {"layers", "ops", "reference"},
     "probes": {"ops", "reference"},
-    "train": {"models"},  # a model is a callable with parameters: no attention of any kind
+    "train": {"models", "swap"},  # a model is a callable with parameters: no attention of any kind
     "build": set(),  # the standard library alone
 }
 DOORS = {"__init__", "__main__", "cli", "info"}  # on the outside of the house: they may import anything

@@ -113,12 +113,11 @@ class Engine:
 
 def checkpoint_activations(model: nn.Module) -> None:
     """Have `model` keep only what enters a block for the backward pass: ours and timm's, or one of transformers."""
-    if hasattr(model, "set_grad_checkpointing"):
-        model.set_grad_checkpointing()  # type: ignore[operator]
-    elif hasattr(model, "gradient_checkpointing_enable"):
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    else:
+    names = ("set_grad_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+    found = next((getattr(model, name) for name in names if hasattr(model, name)), None)
+    if found is None:
         raise ValueError(f"checkpoint_activations needs a model with set_grad_checkpointing; {type(model).__name__} has none")
+    found()
 
 
 def mean(losses: Tensor, share: float | None) -> Tensor:

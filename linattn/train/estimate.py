@@ -52,7 +52,7 @@ def dry_run(config: Config, device: torch.device, processes: int) -> list[str]:
         ds_config.resolve(config, processes=processes, parameters=parameters)
     needs, flops = bytes_per_process(parameters, config, processes), flops_per_token(model, task.tokens_per_row) * tokens
     lines = [
-        f"model      {config.preset} {config.variant}, {parameters:,} parameters",
+        f"model      {task.title}, {parameters:,} parameters",
         f"data       {task.source}",
         f"steps      {config.steps:,} of {tokens:,} tokens, {config.steps * tokens:,} in all",
         f"memory     {sum(needs.values()) / 1e9:.2f} GB in each of {processes} ("

@@ -32,6 +32,19 @@ class HostTokenizer:
         return sum(len(self.tokenizer.decode(window, skip_special_tokens=True).encode()) for window in windows.tolist())
 
 
+def coder_of(folder: Path) -> HostTokenizer | Bytes:
+    """The tokenizer in a folder of transformers, bytes where there is none."""
+    from transformers import AutoTokenizer
+
+    has = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    return HostTokenizer(AutoTokenizer.from_pretrained(folder)) if has else Bytes()
+
+
+def check_vocabulary(corpus: data.Corpus, vocabulary: int, folder: Path) -> None:
+    if (largest := int(max(corpus.train.max(), corpus.held_out.max()))) >= vocabulary:
+        raise ValueError(f"{folder} has {vocabulary} tokens, and its text token {largest}: it needs its own tokenizer files")
+
+
 class Host:
     """The language model in a folder of transformers, and text for it. Without tokenizer files tokens are bytes, and 256 ends a document.
 
@@ -40,19 +53,16 @@ class Host:
 
     def __init__(self, folder: Path, paths: tuple[str, ...], *, context: int, rows: int, seed: int, device: str):
         try:
-            from transformers import AutoConfig, AutoTokenizer
+            from transformers import AutoConfig
         except ModuleNotFoundError:
             raise ValueError("a model of transformers needs transformers: pip install 'linattn[hf]'") from None
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} holds no model of transformers: config.json is missing")
-        vocabulary = AutoConfig.from_pretrained(folder).vocab_size
-        has = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
-        coder: Any = HostTokenizer(AutoTokenizer.from_pretrained(folder)) if has else Bytes()
+        coder: Any = coder_of(folder)
         self.folder, self.coder, self.device = folder, coder, pick_device(device)
         self.context, self.rows, self.seed = context, rows, seed
         self.corpus = data.load(paths, tokenizer=coder, vocab_size=0, held_out=HELD_OUT, context=context)
-        if (largest := int(max(self.corpus.train.max(), self.corpus.held_out.max()))) >= vocabulary:
-            raise ValueError(f"{folder} has {vocabulary} tokens, and its text token {largest}: it needs its own tokenizer files")
+        check_vocabulary(self.corpus, AutoConfig.from_pretrained(folder).vocab_size, folder)
         self.source = f"{folder.name}; {self.corpus.source}; {self.corpus.fingerprint}; context {context}, {rows} windows, seed {seed}"
 
     def load(self) -> Any:

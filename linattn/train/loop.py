@@ -54,7 +54,7 @@ def train(config: Config, out: Path, *, resume: str = "auto", command: str | Non
     save = lambda step: _save(out, step, engine)
     step, bad, asked = last.step if last else 0, 0, None
     lines = Log(
-        out / LOG if world.first else None, console, start=step, steps=config.steps, title=config.variant, metric=engine.task.metric,
+        out / LOG if world.first else None, console, start=step, steps=config.steps, title=engine.task.title, metric=engine.task.metric,
         report=reporters(config.report if world.first else (), out, asdict(config)),
     )  # fmt: skip
     with Stop() as stop, lines as log:
@@ -126,7 +126,7 @@ def _open(config: Config, out: Path, resume: str, world: World, say) -> tuple[En
         if found.facts["threads"] != torch.get_num_threads():
             say(f"note: saved with {found.facts['threads']} threads, going on with {torch.get_num_threads()}: the last bits may differ")
     say(
-        f"{config.preset} {config.variant}: {engine.parameters:,} parameters on {device}, "
+        f"{task.title}: {engine.parameters:,} parameters on {device}, "
         + (f"{world.size} processes, ZeRO {stage}, " if stage is not None else "")
         + f"{torch.get_num_threads()} threads; {task.source}"
     )

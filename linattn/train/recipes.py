@@ -52,11 +52,20 @@ def distillation(preset: str = "micro", variant: str = "lion_s", *, steps: int |
     return replace(image(preset, variant, steps=steps), task="distillation")
 
 
+def transformers(preset: str = "tiny", variant: str = "gla", *, steps: int | None = None) -> Config:
+    """A causal language model in a folder of transformers, on text: `--option model=FOLDER`, and `--option swap=VARIANT` to make it linear.
+
+    preset and variant are not asked: the model is what its folder says.
+    """
+    return replace(pretrain(steps=1000 if steps is None else steps), task="transformers", lr=3e-4)
+
+
 RECIPES = {
     "decoder": pretrain,
     "masked": masked,
     "image": image,
     "distillation": distillation,
+    "transformers": transformers,
 }  # (preset, variant, *, steps) -> Config, with defaults for both names
 
 

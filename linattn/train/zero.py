@@ -54,7 +54,8 @@ class ZeroEngine(Engine):
         self.task, self.config, self.device, self.world = task, config, device, world
         self.stage = ds_config.stage_of(config)
         deepspeed.init_distributed(auto_mpi_discovery=False)  # it finds the group that `World` has made
-        if self.stage == 3:
+        shared = self.stage == 3 and not task.starts_whole
+        if shared:
             with torch.device("meta"), torch.random.fork_rng(devices=()):
                 bare = task.create()
         else:
@@ -62,8 +63,8 @@ class ZeroEngine(Engine):
         self.parameters = sum(p.numel() for p in bare.parameters())
         self.flops_per_token = estimate.flops_per_token(bare, task.tokens_per_row)
         self.resolved = ds_config.resolve(config, processes=world.size, parameters=self.parameters)
-        with deepspeed.zero.Init(config_dict_or_path=self.resolved, enabled=self.stage == 3):
-            model = task.create() if self.stage == 3 else bare
+        with deepspeed.zero.Init(config_dict_or_path=self.resolved, enabled=shared):
+            model = task.create() if shared else bare
         if config.context_parallel > 1:
             if not hasattr(model, "shard_sequence"):
                 raise ValueError(f"context_parallel must be 1 for a {type(model).__name__}, which cannot be given part of a sequence")

@@ -5,12 +5,14 @@ from .distillation import DistillationTask
 from .image import ImageTask
 from .masked import MaskedTask
 from .task import Batch, Task
+from .transformers import TransformersTask
 
 TASKS: dict[str, type[Task]] = {
     "decoder": DecoderTask,
     "masked": MaskedTask,
     "image": ImageTask,
     "distillation": DistillationTask,
+    "transformers": TransformersTask,
 }
 
-__all__ = ["TASKS", "Batch", "DecoderTask", "DistillationTask", "ImageTask", "MaskedTask", "Task"]
+__all__ = ["TASKS", "Batch", "DecoderTask", "DistillationTask", "ImageTask", "MaskedTask", "Task", "TransformersTask"]

@@ -32,22 +32,26 @@ class DecoderTask(Task):
     """Windows [B T+1] of a token stream; a target is a token, its loss −log p in nats."""
 
     metric = "bits_per_byte"
+    options_kind: type = DecoderOptions
 
     def __init__(self, config: Config, saved: Path | None):
         super().__init__(config, saved)
-        self.options = options.read(DecoderOptions, config.options, config.task)
-        self.corpus = tokens.corpus(config, saved)
+        self.options: Any = options.read(self.options_kind, config.options, config.task)
+        self.corpus = self._corpus(config, saved)
         if config.packing and config.context_parallel > 1:
             raise ValueError("packing needs context_parallel = 1: a document that lies on two processes has no place in cu_seqlens")
         self.fingerprint, self.tokens_per_row = self.corpus.fingerprint, config.context
         sizes = f"{len(self.corpus.train):,} tokens to train on, {len(self.corpus.held_out):,} held out"
         self.source = f"{self.corpus.source}: {sizes}"
 
-    def create(self) -> Decoder:
+    def _corpus(self, config: Config, saved: Path | None) -> data.Corpus:
+        return tokens.corpus(config, saved)
+
+    def create(self) -> nn.Module:
         sizes: dict[str, Any] = dict(variant=self.config.variant, vocab_size=self.corpus.tokenizer.end + 1, **self.config.overrides)
         return Decoder.create(self.config.preset, backend=self.config.backend, **sizes)
 
-    def load(self, folder: Path) -> Decoder:
+    def load(self, folder: Path) -> nn.Module:
         return Decoder.from_pretrained(folder, backend=self.config.backend)
 
     def save(self, folder: Path) -> None:

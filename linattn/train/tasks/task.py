@@ -35,11 +35,13 @@ class Task(ABC):
     fingerprint: str  # of the data: equal on equal data only
     source: str  # the data in words, for the line a run opens with
     tokens_per_row: int  # what a row of a batch counts for in tokens/s
+    title: str  # of the model, for the same line
+    starts_whole: bool = False  # whether `create` loads weights, so that it cannot make a model whose parameters are shared out already
 
     @abstractmethod
     def __init__(self, config: Config, saved: Path | None):
         """Read and check the data. ValueError for what is wrong with it or with `config.options`."""
-        self.config = config
+        self.config, self.title = config, f"{config.preset} {config.variant}"
 
     @abstractmethod
     def create(self) -> nn.Module:
