@@ -15,6 +15,12 @@ DEFAULTS = {  # what an "auto" means where the run has nothing to say: DeepSpeed
     "zero_optimization.overlap_comm": None,
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": False,  # we gather them ourselves
 }
+HEEDED = (  # sections that DeepSpeed and this loop understand alike; it would ignore any other, a misspelt one too, without a word
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler"),
+    *("bf16", "fp16", "torch_autocast", "data_types", "communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
+    *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "checkpoint", "compile", "comms_logger"),
+    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler", "tensorboard", "wandb", "csv_monitor"),
+)
 OURS = {  # section: what makes it
     "optimizer": "AdamW with --lr, --weight-decay and the groups of linattn.train.optimizer",
     "scheduler": "--schedule, --warmup and --lr",
@@ -83,6 +89,16 @@ def resolve(config: Config, *, processes: int, parameters: int) -> dict[str, Any
 
 
 def _refuse(given: dict, stage: int, config: Config) -> None:
+    if strange := [name for name in given if name not in HEEDED]:
+        raise ValueError(f"the DeepSpeed config has what nothing here heeds: {', '.join(strange)}; there are {list(HEEDED)}")
+    zero = given.get("zero_optimization") or {}
+    for name in ("offload_optimizer", "offload_param"):
+        if (device := (zero.get(name) or {}).get("device", "none")) not in ("none", "cpu"):
+            raise ValueError(f'zero_optimization.{name}.device must be "cpu" or "none", for which nothing is compiled; got {device!r}')
+    if given.get("zero_force_ds_cpu_optimizer"):
+        raise ValueError("zero_force_ds_cpu_optimizer must be false: the optimizer is torch's AdamW, for which nothing is compiled")
+    if stage == 0 and (given.get("data_types") or {}).get("grad_accum_dtype"):
+        raise ValueError("data_types.grad_accum_dtype needs ZeRO stage 1, 2 or 3")
     for section, what in OURS.items():
         values = given.pop(section, None) or {}
         fixed = {name: value for name, value in values.get("params", {}).items() if value != "auto"}

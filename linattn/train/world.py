@@ -3,6 +3,7 @@
 import atexit
 import os
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ class World:
     def __init__(self, rank: int = 0, size: int = 1, local: int = 0, group=None):
         self.rank, self.size, self.local, self.group = rank, size, local, group
         self.first = rank == 0
-        self._parent = os.getppid()
+        self._launchers = _launchers()
 
     @classmethod
     def join(cls, device: str, *, alone: bool) -> "World":
@@ -87,4 +88,15 @@ class World:
     @property
     def orphaned(self) -> bool:
         """Whether the launcher that started this process is gone."""
-        return self.size > 1 and os.getppid() != self._parent
+        return self.size > 1 and _launchers() != self._launchers
+
+
+def _launchers() -> tuple[int, ...]:
+    """This process's parent; and where that is DeepSpeed's launcher, the runner that has started it, whose end it would not notice."""
+    parent = os.getppid()
+    try:
+        if b"deepspeed.launcher.launch" in Path(f"/proc/{parent}/cmdline").read_bytes():
+            return parent, int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # it is gone, or there is no /proc
+        pass
+    return (parent,)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -112,7 +113,7 @@ class ZeroEngine(Engine):
     def restore(self, folder: Path, *, processes: int = 1) -> None:
         """Put everything back where `save` left it. Saved by another number of processes, it is converted on the way, beside the run."""
         tag, beside = FOLDER, folder.parent / f".{folder.name}.universal"
-        universal = processes != self.world.size
+        universal = processes != self.world.size and self.stage != 0  # at stage 0 the first process has written all there is
         if universal:
             tag = "converted"
             _all_or_none(self.world, lambda: _convert(folder / FOLDER, beside / tag), only_first=True)
@@ -178,12 +179,23 @@ def _convert(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     alone = {name: value for name, value in os.environ.items() if name not in launcher}
-    command = [sys.executable, "-W", "ignore", "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    done = subprocess.run(
-        [*command, "--input_folder", str(source), "--output_folder", str(target)], capture_output=True, text=True, env=alone
-    )
+    command = [sys.executable, "-W", "ignore", "-m", __name__, str(source), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, env=alone)
     if done.returncode:
         raise ValueError(f"{source} cannot be converted for another number of processes: {(done.stderr.strip() or '?').splitlines()[-1]}")
+
+
+def _convert_here(source: str, target: str) -> None:
+    """DeepSpeed's own tool, in a process for nothing else: it asks to unpickle anything, and is given as little as `_files` is."""
+    _deepspeed()
+    from deepspeed.checkpoint import ds_to_universal
+
+    load = torch.load
+    torch.load = lambda *args, **how: load(*args, **{**how, "weights_only": True})  # its workers are forks
+    multiprocessing.set_start_method("fork")
+    with torch.serialization.safe_globals(_classes()):
+        sys.argv = ["ds_to_universal", "--inject_missing_state", "--input_folder", source, "--output_folder", target]
+        ds_to_universal.main(ds_to_universal.parse_arguments())
 
 
 def _all_or_none(world: World, call, *, only_first: bool) -> None:
@@ -197,3 +209,7 @@ def _all_or_none(world: World, call, *, only_first: bool) -> None:
     for rank, wrong in enumerate(world.all(error and str(error))):
         if wrong:
             raise ValueError(f"process {rank}: {wrong}")
+
+
+if __name__ == "__main__":
+    _convert_here(*sys.argv[1:])

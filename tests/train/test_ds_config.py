@@ -70,6 +70,14 @@ def test_the_stage_comes_from_either():
         (dict(zero=1, deepspeed={"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 9}}}), "scheduler.params"),
         (dict(zero=1, deepspeed={"checkpoint": {"load_universal": True}}), "load_universal in the DeepSpeed config is ours to set"),
         (dict(zero=1, deepspeed={"zero_optimization": {"round_robin_gradients": "auto"}}), "zero_optimization.round_robin_gradients"),
+        (dict(zero=1, deepspeed={"zero_optimisation": {"stage": 3}}), "what nothing here heeds: zero_optimisation; there are"),
+        (dict(zero=1, deepspeed={"curriculum_learning": {"enabled": True}}), "nothing here heeds: curriculum_learning"),
+        (
+            dict(zero=3, deepspeed={"zero_optimization": {"offload_param": {"device": "nvme"}}}),
+            'offload_param.device must be "cpu" or "none", .*; got \'nvme\'',
+        ),
+        (dict(zero=2, deepspeed={"zero_force_ds_cpu_optimizer": True}), "zero_force_ds_cpu_optimizer must be false"),
+        (dict(zero=0, deepspeed={"data_types": {"grad_accum_dtype": "fp32"}}), "grad_accum_dtype needs ZeRO stage 1, 2 or 3"),
         (dict(zero=1, accumulate=8), r"batch must be a multiple of processes · accumulate, 2 · 8.*; got 8"),
     ],
 )

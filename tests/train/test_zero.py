@@ -189,7 +189,7 @@ def test_a_full_disk_in_one_process_leaves_the_last_checkpoint(text, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", range(4))
 def test_world_size_changes_both_ways(text, tmp_path, stage, before, after):
     out = tmp_path / "run"
     code, said = finish(command(before, *arguments(text, out, "--zero", stage, steps=8)))
@@ -202,6 +202,58 @@ def test_world_size_changes_both_ways(text, tmp_path, stage, before, after):
         assert one[1:3] == pytest.approx(two[1:3], rel=1e-4)
 
 
+def by_deepspeed(port, *arguments):
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port), "--module", "linattn"]
+    return [*launcher, *map(str, arguments)]
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_deepspeed_runner_saves_and_leaves_no_one(text, tmp_path):
+    """It takes down the runner alone; its launcher and the processes below would train on."""
+    out = tmp_path / "run"
+    with launched(by_deepspeed(29578, *arguments(text, out, "--zero", 1, steps=100_000, save_every=100_000))) as process:
+        wait_for(lambda: (out / "log.csv").exists() and len(read(out / "log.csv")) > 5, process)
+        os.kill(process.pid, signal.SIGTERM)
+        assert orphans(process, within=60.0) == []
+    assert (out / f"step-{losses(out)[-1][0]:08d}" / "complete.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["decoder", "masked", "image"])
+def test_a_compiled_engine_trains_as_the_plain_one(text, tmp_path, recipe):
+    of = ["--recipe", recipe, "--variant", {"decoder": "mamba2", "masked": "lion_s_mlm", "image": "lion_s"}[recipe], "--zero", 2]
+    more = [*of, "--checkpoint-activations"]
+    if recipe == "image":
+        more += ["--held-out", 0.2]
+    for name, how in (("plain", more), ("compiled", [*of, "--compile"])):
+        code, said = finish(command(2, *_of(recipe, text, tmp_path / name, *how)))
+        assert code == 0, said
+    one, two = (read(tmp_path / name / "log.csv") for name in ("plain", "compiled"))
+    assert [row["loss"] for row in one[1:]] == pytest.approx([row["loss"] for row in two[1:]], rel=1e-4)
+
+
+def _of(recipe, text, out, *more):
+    if recipe != "image":
+        return arguments(text, out, *more, steps=4)
+    every = [
+        "--steps",
+        4,
+        "--save-every",
+        2,
+        "--eval-every",
+        4,
+        "--batch",
+        8,
+        "--device",
+        "cpu",
+        "--set",
+        "dim=16",
+        "--set",
+        "num_layers=2",
+    ]
+    return ["train", *every, "--out", out, *more]
+
+
 @pytest.mark.slow
 def test_the_deepspeed_launcher_and_a_configuration_of_its_own(text, tmp_path):
     file = tmp_path / "ds.json"
@@ -210,9 +262,8 @@ def test_the_deepspeed_launcher_and_a_configuration_of_its_own(text, tmp_path):
         '"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "cpu"}}}'
     )
     out = tmp_path / "run"
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", "29577", "--module", "linattn"]
     more = ["--deepspeed", file, "--accumulate", 2, "--checkpoint-activations"]
-    code, said = finish([*launcher, *map(str, arguments(text, out, *more, steps=6))])
+    code, said = finish(by_deepspeed(29577, *arguments(text, out, *more, steps=6)))
     assert code == 0 and losses(out)[-1][0] == 6, said
     assert '"auto"' not in (out / "deepspeed.json").read_text()
     code, said = finish(command(0, *arguments(text, tmp_path / "alone", steps=6)))
