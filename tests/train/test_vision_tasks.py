@@ -101,7 +101,7 @@ def test_masked_tokens_are_chosen_by_the_rate(text):
 
 
 def test_an_epoch_visits_every_image_once():
-    data = torch.arange(10.0).view(10, 1, 1, 1), torch.arange(10)
+    data = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1), torch.arange(10)
     seen = [label for step in range(5) for label in images.batch(data, of=2, rows=range(2), seed=3, step=step, shift=0)[1].tolist()]
     assert sorted(seen) == list(range(10)) and seen != list(range(10))
 
@@ -113,17 +113,22 @@ def test_datasets_at_hand(dataset, shape):
     found = images.load(dataset, (), 0.2001 if dataset == "digits" else 0.2)
     pixels, labels = found.train
     assert abs(len(pixels) - shape[0]) <= 1 and pixels.shape[1:] == shape[1:] and found.classes == 10 and labels.shape == pixels.shape[:1]
-    assert pixels.min() == -1 and pixels.max() == 1
+    values = images.scaled(pixels, list(range(len(pixels))))
+    assert values.min() == -1 and values.max() == 1
 
 
 @pytest.mark.parametrize(
     ("task", "fields", "message"),
     [
-        ("image", dict(options=dict(colour=1)), r"the task image has no option 'colour'; there are \['dataset', 'shift', 'smoothing'\]"),
+        (
+            "image",
+            dict(options=dict(colour=1)),
+            r"the task image has no option 'colour'; there are \['dataset', 'size', 'shift', 'smoothing'\]",
+        ),
         ("image", dict(options=dict(shift="two")), "shift must be of the type of 1; got 'two'"),
         ("image", dict(options=dict(smoothing=1.0)), r"smoothing lie in \[0, 1\)"),
         ("image", dict(data=(), options=dict(dataset="imagenet")), r"dataset must be one of \['digits', 'mnist5k'\]"),
-        ("image", dict(data=("a.txt",)), r"data must be one .npz file with images and labels; got \['a.txt'\]"),
+        ("image", dict(data=("a.txt",)), r"data must be one .npz file with images and labels, or one folder; got \['a.txt'\]"),
         ("image", dict(data=("none.npz",)), "none.npz cannot be read"),
         ("distillation", dict(options={}), "teacher must be the folder of a run"),
         ("distillation", dict(options=dict(teacher="x", temperature=0.0)), "temperature must be above 0"),
@@ -145,3 +150,28 @@ def test_files_of_another_kind(tmp_path):
     np.savez(tmp_path / "b.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.zeros(3, int))
     with pytest.raises(ValueError, match="leaves one part empty"):
         images.load("", (str(tmp_path / "b.npz"),), 0.1)
+
+
+def test_a_folder_of_classes_is_the_array_of_its_images(stripes, tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    with np.load(stripes) as file:
+        pixels, labels = file["images"], file["labels"]
+    for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+        (tmp_path / "data" / f"class {label}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "data" / f"class {label}" / f"{i:03d}.png")
+    order = np.argsort(labels, kind="stable")  # as the folder has them
+    np.savez(tmp_path / "array.npz", images=np.repeat(pixels[order][:, None], 3, 1), labels=labels[order])
+    sizes = dict(steps=3, options=dict(shift=1, size=pixels.shape[-1]))
+    of_folder = run(of_images(str(tmp_path / "data"), **sizes), tmp_path / "a")
+    of_array = run(of_images(str(tmp_path / "array.npz"), **sizes), tmp_path / "b")
+    assert curve(of_folder) == curve(of_array)
+    before = images.load("", (str(tmp_path / "data"),), 0.2, size=4)
+    assert before.train[0][[0, 1]].shape == (2, 3, 4, 4)  # scaled
+    (tmp_path / "data" / "class 0" / "broken.png").write_bytes(b"no image")
+    again = images.load("", (str(tmp_path / "data"),), 0.2, size=4)
+    assert again.fingerprint != before.fingerprint
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image"):
+        images.Files([tmp_path / "data" / "class 0" / "broken.png"], 4)[[0]]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="must hold a folder for each class with images"):
+        images.load("", (str(tmp_path / "empty"),), 0.2)

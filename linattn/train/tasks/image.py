@@ -19,7 +19,8 @@ from .task import Batch, Task
 class ImageOptions:
     """What the task can be told besides the config. ValueError for what is out of range."""
 
-    dataset: str = "digits"  # a name in images.DATASETS; or `data`, an .npz file
+    dataset: str = "digits"  # a name in images.DATASETS; or `data`, an .npz file or a folder of a folder for each class
+    size: int = 224  # of the images of a folder, which are scaled to it
     shift: int = 1  # pixels by which a training image may be moved, each way
     smoothing: float = 0.0  # of labels
 
@@ -37,7 +38,7 @@ class ImageTask(Task):
     def __init__(self, config: Config, saved: Path | None):
         super().__init__(config, saved)
         self.options: Any = options.read(self.options_kind, config.options, config.task)
-        self.data = images.load(self.options.dataset, config.data, config.held_out)
+        self.data = images.load(self.options.dataset, config.data, config.held_out, self.options.size)
         self.fingerprint, self.source = self.data.fingerprint, self.data.source
         height, width = self.data.train[0].shape[-2:]
         patch: Any = config.overrides.get("patch_size") or (16 if config.data else images.DATASETS[self.options.dataset][1])
@@ -66,7 +67,8 @@ class ImageTask(Task):
     def evaluation(self) -> Iterator[Batch]:
         pixels, labels = self.data.held_out
         for start in range(0, len(labels), 256):
-            yield {"images": pixels[start : start + 256], "labels": labels[start : start + 256]}
+            rows = list(range(start, min(start + 256, len(labels))))
+            yield {"images": images.scaled(pixels, rows), "labels": labels[rows]}
 
     def score(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """Right answers, and images."""
