@@ -304,6 +304,7 @@ def swap(
     transfer: Annotated[int, OPTIMISATION(help="Steps of attention transfer.", min=0)] = 200,
     distill: Annotated[int, OPTIMISATION(help="Steps of distillation.", min=0)] = 400,
     lora: Annotated[int, OPTIMISATION(help="Steps of low-rank finetuning (needs peft).", min=0)] = 0,
+    chain: Annotated[int, OPTIMISATION(help="Factors between the two of each low-rank adapter: LinChain.", min=0)] = 0,
     lr_transfer: Annotated[float, OPTIMISATION(help="Highest rate of the transfer.")] = 1e-2,
     lr: Annotated[float, OPTIMISATION(help="Highest rate of the distillation.")] = 1e-3,
     lr_lora: Annotated[float, OPTIMISATION(help="Highest rate of the finetuning.")] = 1e-4,
@@ -326,7 +327,7 @@ def swap(
         torch.set_num_threads(threads)
     recipe = Recipe(
         variant=variant, window=window, softmax=softmax, replace_sliding=replace_sliding, transfer=transfer, distill=distill, lora=lora,
-        lr_transfer=lr_transfer, lr=lr, lr_lora=lr_lora, hidden=hidden,
+        chain=chain, lr_transfer=lr_transfer, lr=lr, lr_lora=lr_lora, hidden=hidden,
     )  # fmt: skip
     host = hosts.Host(model_dir, tuple(data or ()), context=context, rows=batch, seed=seed, device=device)
     console = Console()

@@ -25,13 +25,13 @@ class Heads(NamedTuple):
 class Adapter:
     """How one class of attention is read. `m` below is the module that takes the host's place and holds its `parts` under their own names.
 
-    call     how its owner calls it: a key of `linattn.swap.attention.CALLS`
+    call     how its owner calls it: a key of `linattn.swap.calls.CALLS`
     parts    names of the host's submodules and parameters that do the projections
     heads    host → Heads
     project  (m, x [B T dim]) → q [B T HQ K], k [B T H K], v [B T H K], before rotary positions
     output   (m, o [B T HQ·K], x) → y
     causal   whether the host hides the future
-    rotary   whether the call brings cos and sin, for `apply_rotary_pos_emb` of the host's own file
+    rotary   whether the call brings cos and sin, for `apply_rotary_pos_emb` of the host's own file, or of a class it inherits from
     refuse   host → why it cannot be swapped, or None
     window   host → width of its own sliding window, or 0
     dropout  host → its dropout on attention weights, which linear attention has not
@@ -70,9 +70,17 @@ def register_adapter(kind: type, adapter: Adapter) -> None:
     ADAPTERS[path] = adapter
 
 
+def rotation_of(kind: type) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """`apply_rotary_pos_emb` of the file of that class, or of one it inherits from."""
+    files = [sys.modules.get(base.__module__) for base in kind.__mro__]
+    return next((rotate for file in files if (rotate := getattr(file, "apply_rotary_pos_emb", None))), None)
+
+
 def turned(host: nn.Module, q: Tensor, k: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """q and k [B T H K] by the rotary positions of the host's own file."""
-    return sys.modules[type(host).__module__].apply_rotary_pos_emb(q, k, *table, unsqueeze_dim=2)
+    rotate = rotation_of(type(host))
+    assert rotate is not None  # the plan has looked for it
+    return rotate(q, k, *table, unsqueeze_dim=2)
 
 
 # -- projections -------------------------------------------------------------------------------------------------------------------------
@@ -196,6 +204,10 @@ ADAPTERS: dict[str, Adapter] = {
         "vit.modeling_vit.ViTAttention": _VIT,
         "deit.modeling_deit.DeiTAttention": _VIT,
         "dinov2.modeling_dinov2.Dinov2Attention": _VIT,
+        "dinov2.modeling_dinov2.Dinov2SelfAttention": Adapter(  # before transformers 5.18, inside a Dinov2Attention without projections
+            call="transformers", parts=("query", "key", "value"), heads=_even_heads, project=_bert, output=lambda m, o, x: o,
+            dropout=lambda host: host.dropout_prob, layer=lambda host: None,
+        ),
         "clip.modeling_clip.CLIPAttention": Adapter(
             call="transformers", parts=("q_proj", "k_proj", "v_proj", "out_proj"), heads=_even_heads, project=_separate,
             output=lambda m, o, x: m.out_proj(o), causal=lambda host: "Text" in type(host.config).__name__,

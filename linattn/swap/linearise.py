@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .attention import MODES, SwappedAttention
+from .find import swapped_of
 from .loop import Told, frozen_but, switched, train
 from .losses import kl, relative, vit_linearizer
-from .swap import swapped_of
 
 Batch = dict[str, Any]
 Batches = Callable[[int], Batch]

@@ -19,16 +19,19 @@ def read(mask: Tensor | None, x: Tensor, past: int, causal: bool, position_ids: 
 
     mask        None | [B S] of padding, true or 1 for a real token | [B or 1, 1, T or 1, S], bool or added to logits; its columns
                 past … past + T are x
-    cu_seqlens  ends of packed sequences as transformers' collator gives them; without these, and without a mask, position_ids that start
-                again are read as such ends
+    cu_seqlens  ends of packed sequences in one row, as transformers' collator gives them; a mask [B 1 T S] beside them must say the same.
+                Without these, and without a mask, position_ids that start again are read as such ends
 
     ValueError for a mask that is not causal (or open to both sides) + padding + packing, as it cannot be kept by a linear attention.
     """
     B, T = x.shape[:2]
     if cu_seqlens is not None:
-        if mask is not None:
+        if mask is not None and mask.ndim == 2:
             raise ValueError("give cu_seq_lens or attention_mask, not both: packed sequences have no padding")
-        return _packed(cu_seqlens, B * T)
+        packed = _packed(cu_seqlens, B, T)
+        if mask is not None and not _same(packed, read(mask, x, past, causal, None, None)):
+            raise ValueError("cu_seq_lens and attention_mask say different ends: give position_ids that start again with every sequence")
+        return packed
     if mask is None:
         return ALL if past or position_ids is None or not causal else _by_positions(position_ids, B, T)
     if mask.ndim == 2:
@@ -85,8 +88,17 @@ def _by_positions(position_ids: Tensor, B: int, T: int) -> Seen:
     return Seen(None, torch.cat([ends, ends.new_tensor([B * T])]))
 
 
-def _packed(cu_seqlens: Tensor, tokens: int) -> Seen:
+def _packed(cu_seqlens: Tensor, rows: int, tokens: int) -> Seen:
+    if rows != 1:
+        raise ValueError(f"cu_seq_lens need their sequences in one row; got {rows} rows")
     ends = cu_seqlens.tolist()
     if ends[:1] != [0] or ends[-1] != tokens or any(a > b for a, b in zip(ends, ends[1:])):
         raise ValueError(f"cu_seq_lens must rise from 0 to the number of tokens, {tokens}; got {ends if len(ends) < 20 else '…'}")
     return Seen(None, cu_seqlens)
+
+
+def _same(packed: Seen, masked: Seen) -> bool:
+    """Whether a mask says the ends that cu_seqlens do, which may hold empty sequences."""
+    assert packed.cu_seqlens is not None
+    ends = packed.cu_seqlens.unique_consecutive().tolist()
+    return masked.real is None and (ends[1:-1] == [] if masked.cu_seqlens is None else ends == masked.cu_seqlens.tolist())

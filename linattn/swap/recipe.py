@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from . import linearise
-from .report import SwapReport
+from .find import swapped_of
 from .storage import from_pretrained
 from .swap import swap_attention, undo
 
@@ -30,13 +30,14 @@ class Recipe:
     transfer: int = 200  # steps of attention transfer
     distill: int = 400  # steps of distillation by the model as it was
     lora: int = 0  # steps of low-rank finetuning on the text itself
+    chain: int = 0  # of these adapters: factors between their two, LinChain; 0: LoRA
     lr_transfer: float = 1e-2
     lr: float = 1e-3  # of distillation
     lr_lora: float = 1e-4
     hidden: float = 0.0  # weight of the hidden states in distillation
 
     def __post_init__(self):
-        for name in ("window", "softmax", "transfer", "distill", "lora"):
+        for name in ("window", "softmax", "transfer", "distill", "lora", "chain"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} must be a whole number, at least 0; got {value!r}")
@@ -69,7 +70,7 @@ def linearise_model(
     told      called with stage, step, steps and loss
 
     Leaves in `out` the finished model (for `linattn.from_pretrained`), and report.json: a row for each stage with its value, and the error
-    of every layer. ValueError if `out` holds another run.
+    of every layer before and after the transfer. ValueError if `out` holds another run, and before any work if the model cannot be swapped.
     """
     report, rows = {"recipe": asdict(recipe), "source": source}, []
     path = out / REPORT
@@ -83,7 +84,15 @@ def linearise_model(
         say(f"done already in {out}: {', '.join(done)}")
     plain = lambda step: {name: value for name, value in batches(step).items() if name != "labels"} | dict(use_cache=False)
     full = lambda step: batches(step) | dict(use_cache=False)
-    model = from_pretrained(out / f"after-{done[-1]}") if done and done[-1] != "softmax" else load()
+    swap: dict[str, Any] = dict(
+        variant=recipe.variant, window=recipe.window, replace_sliding=recipe.replace_sliding, causal=True, on_unsupported="keep"
+    )
+    if done[1:]:
+        model = from_pretrained(out / f"after-{done[-1]}")
+    else:
+        model = load()
+        if (layers := len(swap_attention(model, **swap, dry_run=True).swapped)) <= recipe.softmax:
+            raise ValueError(f"softmax must be below {layers}, the number of layers that can be swapped; got {recipe.softmax}")
     for stage in recipe.stages:
         if stage in done:
             continue
@@ -92,10 +101,10 @@ def linearise_model(
         if told:
             how["told"] = lambda step, loss, stage=stage: told(stage, step, getattr(recipe, stage), loss)
         if stage == "swap":
-            swapped: SwapReport = swap_attention(
-                model, recipe.variant, window=recipe.window, replace_sliding=recipe.replace_sliding, on_unsupported="keep"
-            )
-            say(str(swapped))
+            say(str(swap_attention(model, **swap)))
+            more = dict(errors=linearise.errors(model, [plain(recipe.transfer)]))
+        elif stage == "transfer" and not any(module.added() for module in swapped_of(model).values()):
+            say(f"transfer is left out: {recipe.variant} adds no parameters that it could train")
         elif stage == "transfer":
             more = dict(errors=linearise.transfer(model, plain, steps=recipe.transfer, lr=recipe.lr_transfer, **how))
         elif stage == "keep":
@@ -107,7 +116,7 @@ def linearise_model(
                 model, load(), plain, steps=recipe.distill, lr=recipe.lr, lr_added=recipe.lr_transfer / 3, hidden=recipe.hidden, **how
             )
         elif stage == "lora":
-            low_rank = linearise.with_lora(model)
+            low_rank = linearise.with_lora(model, chain=recipe.chain)
             linearise.finetune(low_rank, full, steps=recipe.lora, lr=recipe.lr_lora, **how)
             model = low_rank.merge_and_unload()
         rows.append(dict(stage=stage, value=judge(model), seconds=round(time.monotonic() - began, 1), **more))

@@ -43,7 +43,7 @@ class SwapReport:
 
     def parameters(self, which: Literal["added", "attention"] = "added") -> dict[str, nn.Parameter]:
         """Parameters of the swapped modules by their names in the model: what the swap added, or all. ValueError after a dry run."""
-        from .swap import swapped_of
+        from .find import swapped_of
 
         if which not in ("added", "attention"):
             raise ValueError(f"which must be 'added' or 'attention'; got {which!r}")

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .swap import MARK, swap_attention, swapped_of
+from .find import swapped_of
+from .swap import MARK, swap_attention
 
 MODEL_TYPE = "linattn_swapped"
 CONFIG, WEIGHTS = "config.json", "linattn.safetensors"
@@ -18,13 +19,15 @@ CONFIG, WEIGHTS = "config.json", "linattn.safetensors"
 def save_swapped(model: Any, folder: str | Path, **options: Any) -> None:
     """Write config.json and linattn.safetensors to `folder`.
 
-    Of `options`, those of transformers' `save_pretrained`, state_dict and is_main_process are heeded.
+    Of `options`, those of transformers' `save_pretrained`, state_dict and is_main_process are heeded; push_to_hub=True is refused.
 
     The config is of model_type "linattn_swapped", and the file of weights not called as transformers calls it: plain transformers
     fails to load it, instead of loading softmax attention.
     ValueError for a model that is not of transformers, or swapped with a Variant that has no name to be found by.
     """
     spec, _ = owner_mark(model)
+    if options.get("push_to_hub"):
+        raise ValueError("push_to_hub=True: a swapped model is saved to a folder only; upload that folder")
     if not options.get("is_main_process", True):
         return
     if spec["variant"] is None:

@@ -1,9 +1,8 @@
 """The only place that changes a model: a plan that touches nothing, then all replacements at once, and the way back."""
 
-import re
 import warnings
-from collections.abc import Callable, Sequence
-from types import MethodType
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,12 +10,13 @@ from torch import nn
 
 from ..layers.variants import Gating, Variant
 from ..ops import why_not
-from .adapters import ADAPTERS, REFUSED, Adapter, adapter_of, path_of
-from .attention import CALLS, How, SwappedAttention
+from .adapters import Adapter, adapter_of
+from .attention import How, SwappedAttention
+from .calls import CALLS
+from .find import Layers, attention_of, check_model, select, swapped_of
 from .maps import known
 from .report import Row, SwapReport
 
-Layers = str | Sequence[int | str] | Callable[[str, nn.Module], bool]
 MARK = "_linattn_swap"  # attribute of a swapped model: what was asked for, and what is to be put back
 
 
@@ -80,7 +80,7 @@ def swap_attention(
             _unsupported(name, host, reason, on_unsupported)
         rows.append(Row(name, type(host).__name__, "", status="kept", reason=f"unsupported: {reason}"))
     if not plan:
-        raise ValueError(_nothing(model, found, foreign))
+        raise ValueError(_nothing(model, rows))
     notes = _notes(plan, chosen)
     report = SwapReport(model, rows, notes, done=not dry_run)
     if not dry_run:
@@ -94,88 +94,11 @@ def swap_attention(
     return report
 
 
-# -- what is there -----------------------------------------------------------------------------------------------------------------------
-
-
-def check_model(model: Any) -> None:
-    """ValueError for a model that is wrapped, partitioned or compiled, or swapped already: swap first, wrap afterwards."""
-    path = path_of(model) if isinstance(model, nn.Module) else f"{type(model).__module__}.{type(model).__qualname__}"
-    first = "swap attention first, and wrap the model afterwards"
-    if path.startswith(("deepspeed.", "torch.nn.parallel.", "torch.distributed.")):
-        raise ValueError(f"model is wrapped by {path}: {first}")
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch.nn.Module; got {path}")
-    for name, module in model.named_modules():
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(f"{name or 'model'} is compiled by torch.compile: {first}")
-        if path_of(module).startswith("peft."):
-            raise ValueError(f"{name or 'model'} is wrapped by PEFT ({type(module).__name__}): {first}")
-        if isinstance(module, SwappedAttention):
-            raise ValueError(f"{name} is swapped already: undo() that swap first")
-    for name, p in model.named_parameters():
-        if hasattr(p, "ds_id"):
-            raise ValueError(f"{name} is partitioned by DeepSpeed ZeRO-3: {first}")
-        if type(p).__name__ == "DTensor":
-            raise ValueError(f"{name} is sharded (DTensor): {first}")
-
-
-def attention_of(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, nn.Module, str]]]:
-    """(name, module) of every attention module that has an adapter, and (name, module, reason) of what else looks like attention."""
-    modules = list(model.named_modules())
-    parents = dict(modules)
-    found, foreign = [], []
-    for name, module in modules:
-        path, parent = path_of(module), parents[name.rpartition(".")[0]] if name else None
-        reason = REFUSED.get(path)
-        if path in ADAPTERS:
-            adapter = adapter_of(module)
-            missing = [part for part in adapter.parts if not hasattr(module, part)]
-            reason = f"it has no {missing[0]}: another version than its adapter was written for" if missing else adapter.refuse(module)
-            if adapter.call == "torch" and type(parent) is not nn.TransformerEncoderLayer:
-                reason = "torch.nn.MultiheadAttention is swapped inside torch.nn.TransformerEncoderLayer only"
-            if reason is None:
-                found.append((name, module))
-                continue
-        if reason:
-            foreign.append((name, module, reason))
-    sure = [name for name, _ in found] + [name for name, _, _ in foreign]
-    inside = lambda a, b: a == b or b == "" or a.startswith(b + ".")
-    for name, module in modules:  # the innermost of what is called attention, if we know nothing of it
-        if re.search(r"Attention|Attn", type(module).__name__) and not any(inside(name, one) or inside(one, name) for one in sure):
-            named = any(other != name and inside(other, name) and re.search(r"Attention|Attn", type(m).__name__) for other, m in modules)
-            if not named and any(True for _ in module.parameters()):
-                foreign.append((name, module, f"there is no adapter for {path_of(module)}; linattn.swap.register_adapter takes one"))
-    return found, foreign
-
-
-def select(layers: Layers, found: Sequence, foreign: Sequence, what: str) -> set[str]:
-    """Names of the modules that `layers` means. ValueError for numbers and names that are not there."""
-    names = [name for name, *_ in found]
-    everything = [*names, *(name for name, *_ in foreign)]
-    if callable(layers):
-        return {name for name, module, *_ in (*found, *foreign) if layers(name, module)}
-    if isinstance(layers, str):
-        if layers == "all":
-            return set(everything)
-        step = layers.removeprefix("every:")
-        if step == layers or not step.isdigit() or int(step) < 1:
-            raise ValueError(f"{what} must be 'all', 'every:N', numbers, names, or a function of name and module; got {layers!r}")
-        return set(names[int(step) - 1 :: int(step)])
-    chosen = set()
-    for one in layers:
-        if isinstance(one, int) and not 0 <= one < len(names):
-            raise ValueError(f"{what} must lie in [0, {len(names)}), the number of attention modules; got {one}")
-        if isinstance(one, str) and one not in everything:
-            raise ValueError(f"{what}: there is no attention {one!r}; there are {everything}")
-        chosen.add(names[one] if isinstance(one, int) else one)
-    return chosen
-
-
 def _check_options(how: How, on_unsupported: str) -> None:
     for name, value, allowed in (("init", how.init, ("from_softmax", "random")), ("on_unsupported", on_unsupported, ("raise", "keep"))):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {list(allowed)}; got {value!r}")
-    if not isinstance(how.window, int) or how.window < 0:
+    if type(how.window) is not int or how.window < 0:
         raise ValueError(f"window must be a number of tokens, at least 0; got {how.window!r}")
     if how.window and how.init != "from_softmax":
         raise ValueError("window needs init='from_softmax': both parts are weights of one sum")
@@ -211,12 +134,12 @@ def _unsupported(name: str, host: nn.Module, reason: str, on_unsupported: str) -
     return f"unsupported: {reason}"
 
 
-def _nothing(model: nn.Module, found: Sequence, foreign: Sequence) -> str:
-    if found:
-        return f"nothing to swap: of {len(found)} attention modules `layers` and `keep` leave none"
-    others = "; ".join(sorted({f"{type(host).__name__}: {reason}" for _, host, reason in foreign}))
-    return f"nothing to swap in {type(model).__name__}: no attention of a class in linattn.swap.ADAPTERS" + (
-        f". There is {others}" if others else ""
+def _nothing(model: nn.Module, rows: Sequence[Row]) -> str:
+    why = sorted({f"{row.old}: {row.reason.removeprefix('unsupported: ')}" for row in rows if row.reason.startswith("unsupported")})
+    return (
+        f"nothing to swap in {type(model).__name__}: "
+        + (f"of {len(rows)} attention modules none is left" if rows else "no attention of a class in linattn.swap.ADAPTERS")
+        + (f". {'; '.join(why)}" if why else " by `layers` and `keep`" if rows else "")
     )
 
 
@@ -258,7 +181,7 @@ def apply(model: nn.Module, new: dict[str, SwappedAttention], spec: dict) -> Non
             changes = dict(_is_stateful=True)
             from .storage import save_swapped
 
-            changes["save_pretrained"] = MethodType(save_swapped, module)
+            changes["save_pretrained"] = partial(save_swapped, module)  # which, unlike a method, can be pickled
         put: list[tuple[Any, str, Any]] = [(module, name, value) for name, value in changes.items()]
         if changes and getattr(module, "generation_config", None) is not None:
             put.append((module.generation_config, "disable_compile", True))  # a static cache would have it compiled on a GPU
@@ -291,14 +214,6 @@ def undo(model: nn.Module, names: Sequence[str] | None = None) -> None:
             else:
                 thing.__dict__[name] = value
         model.__dict__.pop(MARK, None)
-
-
-def swapped_of(model: nn.Module) -> dict[str, SwappedAttention]:
-    """The swapped attention of a model, by name and in order. ValueError if there is none."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, SwappedAttention)}
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no swapped attention: swap_attention(model, …) first")
-    return found
 
 
 def _places(model: nn.Module, wanted: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -58,11 +58,14 @@ class Host:
             raise ValueError("a model of transformers needs transformers: pip install 'linattn[hf]'") from None
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} holds no model of transformers: config.json is missing")
+        config = AutoConfig.from_pretrained(folder)
+        if (vocabulary := getattr(config, "vocab_size", None)) is None:
+            raise ValueError(f"{folder} holds no language model: {type(config).__name__} has no vocab_size")
         coder: Any = coder_of(folder)
         self.folder, self.coder, self.device = folder, coder, pick_device(device)
         self.context, self.rows, self.seed = context, rows, seed
         self.corpus = data.load(paths, tokenizer=coder, vocab_size=0, held_out=HELD_OUT, context=context)
-        check_vocabulary(self.corpus, AutoConfig.from_pretrained(folder).vocab_size, folder)
+        check_vocabulary(self.corpus, vocabulary, folder)
         self.source = f"{folder.name}; {self.corpus.source}; {self.corpus.fingerprint}; context {context}, {rows} windows, seed {seed}"
 
     def load(self) -> Any:

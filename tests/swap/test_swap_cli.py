@@ -10,7 +10,7 @@ import linattn
 from linattn.cli import app
 
 pytest.importorskip("transformers")
-from swap_hosts import NONE, TEXT, build
+from swap_hosts import BOTH, NONE, TEXT, build
 
 LLAMA = TEXT | NONE | dict(vocab_size=257, num_key_value_heads=2)
 
@@ -30,14 +30,19 @@ def folder(tmp_path):
 def test_all_stages_then_nothing_is_left_to_do(folder):
     pytest.importorskip("peft")
     arguments = (folder / "model", "--out", folder / "out", "--data", folder / "text.txt", "--context", 32, "--batch", 2, "--window", 4)
-    arguments += ("--softmax", 1, "--transfer", 3, "--distill", 3, "--lora", 2)
+    arguments += ("--softmax", 1, "--transfer", 3, "--distill", 3, "--lora", 2, "--chain", 1)
     result = swap(*arguments)
     assert result.exit_code == 0, result.output
     assert "held-out bits per byte: softmax " in result.output and "LlamaAttention" in result.output
     report = json.loads((folder / "out" / "report.json").read_text())
     assert [row["stage"] for row in report["rows"]] == ["softmax", "swap", "transfer", "keep", "distill", "lora"]
     assert all(4 < row["value"] < 12 for row in report["rows"])
-    assert set(report["rows"][2]["errors"]) == set(report["rows"][3]["importance"]) == {f"model.layers.{i}.self_attn" for i in (0, 1)}
+    assert (
+        set(report["rows"][1]["errors"])
+        == set(report["rows"][2]["errors"])
+        == set(report["rows"][3]["importance"])
+        == {f"model.layers.{i}.self_attn" for i in (0, 1)}
+    )
     model = linattn.from_pretrained(folder / "out")
     assert len(linattn.swap.swap.swapped_of(model)) == 1
     assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape == (1, 7)
@@ -62,6 +67,14 @@ def test_a_run_that_was_cut_off_goes_on(folder, monkeypatch):
     assert "softmax, swap, transfer" in swap(*arguments("parted")).output
     whole, parted = (linattn.from_pretrained(folder / out).state_dict() for out in ("whole", "parted"))
     assert all(torch.equal(whole[name], parted[name]) for name in whole)
+
+
+def test_nothing_to_transfer(folder):
+    arguments = (folder / "model", "--out", folder / "out", "--data", folder / "text.txt", "--context", 32, "--batch", 2)
+    result = swap(*arguments, "--variant", "liger", "--transfer", 2, "--distill", 2)
+    assert result.exit_code == 0 and "transfer is left out: liger adds no parameters" in result.output
+    rows = json.loads((folder / "out" / "report.json").read_text())["rows"]
+    assert [row["stage"] for row in rows] == ["softmax", "swap", "transfer", "distill"] and rows[1]["value"] == rows[2]["value"]
 
 
 def test_a_tokenizer_of_transformers(folder):
@@ -96,6 +109,9 @@ def test_a_tokenizer_of_transformers(folder):
         (("nowhere", "--out", "out"), "nowhere holds no model of transformers: config.json is missing"),
         (("model", "--out", "out", "--variant", "glaa"), "variant must be"),
         (("model", "--out", "out", "--lr", "0"), "lr must be above 0; got 0.0"),
+        (("model", "--out", "out", "--softmax", "2"), "softmax must be below 2, the number of layers that can be swapped; got 2"),
+        (("vit", "--out", "out"), "vit holds no language model: ViTConfig has no vocab_size"),
+        (("bert", "--out", "out"), "is bidirectional; it cannot take causal attention"),
         (("small", "--out", "out"), "has 50 tokens, and its text token 256: it needs its own tokenizer files"),
     ],
 )
@@ -103,7 +119,11 @@ def test_mistakes_are_one_line(folder, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
     if arguments[0] == "small":
         build("LlamaForCausalLM", "LlamaConfig", **LLAMA | dict(vocab_size=50)).save_pretrained("small")
+    if arguments[0] == "vit":
+        BOTH["vit"]().save_pretrained("vit")
+    if arguments[0] == "bert":
+        build("BertLMHeadModel", "BertConfig", **TEXT | dict(vocab_size=257)).save_pretrained("bert")
     result = swap(*arguments, "--data", "text.txt", "--context", 32)
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
-    assert not (folder / "out" / "report.json").exists() or "glaa" in arguments
+    assert not (folder / "out").exists()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from torch import nn
 
 import linattn
 from linattn.layers import Variant
-from linattn.swap import Adapter, SwappedAttention, adapters, register_adapter
-from linattn.swap.swap import check_model
+from linattn.swap import Adapter, SwappedAttention, adapters, find, register_adapter
+from linattn.swap.find import check_model
 
 pytest.importorskip("transformers")
 from swap_hosts import BOTH, CAUSAL, NONE, TEXT, build, inputs, out
@@ -36,8 +37,12 @@ def unchanged(model, message, variant="linear", **how):
         (dict(layers=["attn"]), r"layers: there is no attention 'attn'; there are \['model.layers.0.self_attn'"),
         (dict(layers="each"), "layers must be 'all', 'every:N', numbers, names, or a function of name and module; got 'each'"),
         (dict(layers="every:0"), "got 'every:0'"),
-        (dict(keep=[0, 1]), "nothing to swap: of 2 attention modules `layers` and `keep` leave none"),
-        (dict(layers=[]), "nothing to swap: of 2"),
+        (dict(layers=0), "layers must be 'all', 'every:N', numbers, names, or a function of name and module; got 0"),
+        (dict(layers=[-1]), r"layers must lie in \[0, 2\), the number of attention modules; got -1"),
+        (dict(layers=[True]), r"layers must be 'all', .*; got \[True\]"),
+        (dict(keep=[1.0]), r"keep must be 'all', .*; got \[1.0\]"),
+        (dict(keep=[0, 1]), "nothing to swap in LlamaForCausalLM: of 2 attention modules none is left by `layers` and `keep`$"),
+        (dict(layers=[]), "nothing to swap in LlamaForCausalLM: of 2"),
         (dict(variant="glaa"), r"variant must be a linattn.layers.Variant or one of \['linear', .*'hedgehog', 'liger'\]; got 'glaa'"),
         (dict(init="zeros"), r"init must be one of \['from_softmax', 'random'\]; got 'zeros'"),
         (dict(on_unsupported="skip"), r"on_unsupported must be one of \['raise', 'keep'\]; got 'skip'"),
@@ -80,7 +85,7 @@ def test_models_without_known_attention():
     bloom = build("BloomForCausalLM", "BloomConfig", vocab_size=50, hidden_size=32, n_layer=1, n_head=2)
     message = r"transformer.h.0.self_attention \(BloomAttention\) cannot be swapped: it has ALiBi biases. keep=\['transformer.h.0"
     unchanged(bloom, message)
-    unchanged(bloom, "nothing to swap in BloomForCausalLM.*There is BloomAttention: it has ALiBi biases", on_unsupported="keep")
+    unchanged(bloom, "nothing to swap in BloomForCausalLM: of 1 .* BloomAttention: it has ALiBi biases$", on_unsupported="keep")
 
     class LlamaAttention(nn.Linear):  # the name alone is no match
         pass
@@ -113,6 +118,7 @@ def test_cross_attention_is_kept_or_an_error():
 def test_sliding_windows(name):
     own = dict(use_sliding_window=True, max_window_layers=0) if name == "Qwen2" else {}
     model = build(f"{name}ForCausalLM", f"{name}Config", **WINDOWED, **own, sliding_window=4)
+    unchanged(model, "of 2 attention modules none is left. .*it sees 4 tokens back only", on_unsupported="keep")
     unchanged(model, r"Attention\) cannot be swapped: it sees 4 tokens back only; replace_sliding=True lets it see all")
     report = linattn.swap_attention(model, "linear", replace_sliding=True, layers=[0], keep=[1])
     assert len(report.swapped) == 1
@@ -135,6 +141,32 @@ def test_wrapped_models():
     unchanged(partitioned, "is partitioned by DeepSpeed ZeRO-3: swap attention first")
     with pytest.raises(ValueError, match=r"model must be a torch.nn.Module; got builtins.int"):
         check_model(1)
+    offloaded = CAUSAL["llama"]()
+    offloaded.model.layers[1]._hf_hook = SimpleNamespace(offload=True)
+    unchanged(offloaded, "model.layers.1 is offloaded by accelerate: swap attention first")
+
+    class Wrapper(nn.Module):
+        __module__, __qualname__ = "torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"
+
+    unchanged(nn.Sequential(Wrapper()), "0 is wrapped by torch.distributed.fsdp.fully_sharded_data_parallel.FullySharded")
+
+
+def test_attention_by_itself_has_no_place_to_be_swapped_in():
+    attention = CAUSAL["llama"]().model.layers[0].self_attn
+    with pytest.raises(ValueError, match=r"model is itself the attention \(LlamaAttention\): swap the model it is a part of"):
+        linattn.swap_attention(attention, "linear")
+
+
+def test_weights_that_are_packed():
+    model = CAUSAL["llama"]()
+    attention = model.model.layers[1].self_attn
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        projection = getattr(attention, name)
+        projection.weight = nn.Parameter(projection.weight.detach().to(torch.int8), requires_grad=False)
+    modules = dict(model.named_modules())
+    with pytest.raises(ValueError, match=r"layers.1.self_attn \(LlamaAttention\) cannot be swapped: its weights are quantised or packed"):
+        linattn.swap_attention(model, "linear")
+    assert dict(model.named_modules()) == modules
 
 
 def test_swap_twice():
@@ -175,7 +207,7 @@ def test_an_adapter_of_ones_own(monkeypatch):
             return self.out(nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).flatten(-2))
 
     monkeypatch.setattr(adapters, "ADAPTERS", table := dict(adapters.ADAPTERS))
-    monkeypatch.setattr(linattn.swap.swap, "ADAPTERS", table)
+    monkeypatch.setattr(find, "ADAPTERS", table)
     mine = Adapter(
         call="timm", parts=("qkv", "out"), heads=lambda host: linattn.swap.Heads(8, 2, 2, 4, 0.5),
         project=lambda m, x: m.qkv(x).unflatten(-1, (3, 2, 4)).unbind(2), output=lambda m, o, x: m.out(o), causal=lambda host: False,
@@ -191,6 +223,28 @@ def test_an_adapter_of_ones_own(monkeypatch):
     assert isinstance(model[0], SwappedAttention) and model(x).shape == before.shape
     report.undo()
     assert torch.equal(model(x), before)
+
+
+def test_a_subclass_is_registered_with_the_adapter_of_its_base(monkeypatch):
+    model, other = CAUSAL["llama"](), CAUSAL["llama"]()
+    kind = type(model.model.layers[0].self_attn)
+
+    class Mine(kind):
+        pass
+
+    for module in (m for m in model.modules() if type(m) is kind):
+        module.__class__ = Mine
+    with pytest.raises(ValueError, match=r"there is no adapter for .*Mine; linattn.swap.register_adapter takes one"):
+        linattn.swap_attention(model, "linear")
+    monkeypatch.setattr(adapters, "ADAPTERS", table := dict(adapters.ADAPTERS))
+    monkeypatch.setattr(find, "ADAPTERS", table)
+    register_adapter(Mine, adapters.ADAPTERS[adapters.path_of(kind)])
+    for each in (model, other):
+        linattn.swap_attention(each, "linear")
+    assert torch.equal(out(model, **inputs(model)), out(other, **inputs(other)))
+    monkeypatch.setattr(sys.modules[kind.__module__], "apply_rotary_pos_emb", None)
+    with pytest.raises(ValueError, match="cannot be swapped: there is no apply_rotary_pos_emb in "):
+        linattn.swap_attention(CAUSAL["llama"](), "linear")
 
 
 def test_swapping_imports_no_extra():

@@ -1,6 +1,8 @@
 """Every host of transformers: swapped, it answers as the maths says, hides the future or not, and goes back bitwise."""
 
 import copy
+import io
+from importlib import import_module
 
 import pytest
 import torch
@@ -82,7 +84,9 @@ def test_undo_and_what_is_kept(name):
 
 def test_every_host_of_transformers_in_the_table_is_tested():
     classes = {type(m).__module__ + "." + type(m).__name__ for make in HOSTS.values() for m in make().modules()}
-    assert {path for path in ADAPTERS if path.startswith("transformers.")} <= classes
+    table = {path for path in ADAPTERS if path.startswith("transformers.")}
+    here = {path for path in table if hasattr(import_module(path.rpartition(".")[0]), path.rpartition(".")[2])}
+    assert here <= classes and len(table - here) <= 1  # DINOv2's, of other versions
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning")  # the new name is not in all versions
@@ -120,6 +124,9 @@ def test_hybrids_selections_and_the_report():
     twin = copy.deepcopy(model)
     given = inputs(model)
     assert torch.equal(out(twin, **given), out(model, **given))
+    torch.save(model, whole := io.BytesIO())
+    whole.seek(0)
+    assert torch.equal(out(torch.load(whole, weights_only=False), **given), out(model, **given))
     report.undo()
     assert not torch.equal(out(twin, **given), out(model, **given))  # the copy is its own
 

@@ -54,7 +54,10 @@ def test_packed_sequences_are_each_alone(way, keep, implementation):
     linattn.swap_attention(model, keep=keep, **WAYS[way])
     ids, ends = inputs(model)["input_ids"].flatten()[None], [0, 1, 9, 24]
     positions = torch.cat([torch.arange(b - a) for a, b in zip(ends, ends[1:])])[None]
-    packed = out(model, input_ids=ids, position_ids=positions)
+    ends_too = torch.tensor(ends, dtype=torch.int32)  # as transformers' DataCollatorWithFlattening gives them
+    flash = dict(cu_seq_lens_q=ends_too, cu_seq_lens_k=ends_too, max_length_q=15, max_length_k=15)
+    packed, told = out(model, input_ids=ids, position_ids=positions), out(model, input_ids=ids, position_ids=positions, **flash)
+    assert torch.equal(packed, told)
     for a, b in zip(ends, ends[1:]):
         torch.testing.assert_close(packed[:, a:b], out(model, input_ids=ids[:, a:b]), rtol=1e-4, atol=1e-4)
 
@@ -86,6 +89,11 @@ def test_masks_that_no_linear_attention_can_keep_are_refused():
         read(torch.ones(1, 3))
     with pytest.raises(ValueError, match=r"\[B 1 T S\] with T = 6.*got \(1, 2, 6, 6\)"):
         read(torch.ones(1, 2, 6, 6))
+    with pytest.raises(ValueError, match="cu_seq_lens need their sequences in one row; got 2 rows"):
+        masks.read(None, torch.zeros(2, 3, 4), 0, True, None, torch.tensor([0, 2, 6]))
+    with pytest.raises(ValueError, match="cu_seq_lens and attention_mask say different ends: give position_ids"):
+        masks.read(causal[None, None], x, 0, True, None, torch.tensor([0, 2, 6]))
+    assert masks.read(causal[None, None], x, 0, True, None, torch.tensor([0, 0, 6])).real is None
     with pytest.raises(ValueError, match="give cu_seq_lens or attention_mask, not both"):
         masks.read(torch.ones(1, 6), x, 0, True, None, torch.tensor([0, 6]))
     for wrong in ([0, 4], [1, 6], [0, 4, 3, 6]):

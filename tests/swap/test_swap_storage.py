@@ -57,6 +57,8 @@ def test_files_that_are_not_of_a_swapped_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"does not fit: it lacks .* and has besides"):
         linattn.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="push_to_hub=True: a swapped model is saved to a folder only"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
     report.undo()
     linattn.swap_attention(model, Variant(source="here", feature="relu", normalize=True))
     with pytest.raises(ValueError, match="a model swapped with a Variant of your own cannot be saved"):
