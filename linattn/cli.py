@@ -204,6 +204,26 @@ def generate(
     )  # fmt: skip
 
 
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a run of a decoder, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+) -> None:
+    """Write a trained decoder as a folder of transformers, with its tokenizer: AutoModelForCausalLM loads it where linattn is installed."""
+    from .models import Decoder
+    from .train import checkpoint as checkpoints
+    from .train import tokenizer
+
+    try:
+        from .models import transformers
+    except ModuleNotFoundError as error:
+        raise ValueError(f"export needs transformers ({error}): pip install 'linattn[hf]'") from None
+    folder = checkpoints.find(checkpoint, _say_aside)
+    coder = tokenizer.of_transformers(tokenizer.load(folder / "tokenizer.json"))
+    transformers.export(Decoder.from_pretrained(folder), out, coder)
+    print(f"{out}: AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")
+
+
 @app.command("probe")
 def probe_text(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a saved decoder, a run, or one of its checkpoints.")],

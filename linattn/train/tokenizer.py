@@ -120,6 +120,23 @@ def make(name: str, documents: Callable[[], list[bytes]], vocab_size: int) -> To
     return BPE.train(documents(), vocab_size) if name == "bpe" else load(Path(name))
 
 
+def of_transformers(coder: Tokenizer) -> Any:
+    """The same tokens as a tokenizer of transformers, the end of document being its eos_token."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizers = _tokenizers()
+    if isinstance(coder, Bytes):
+        model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=_byte_alphabet(), merges=[]))
+        model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        model.decoder = tokenizers.decoders.ByteLevel()
+    else:
+        model = tokenizers.Tokenizer.from_str(coder.model.to_str())
+    model.add_special_tokens(["<|end|>"])
+    if model.token_to_id("<|end|>") != coder.end:
+        raise ValueError("a tokenizer with gaps in its numbers, or with a token <|end|>, cannot be exported")
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|end|>")
+
+
 def load(path: Path) -> Tokenizer:
     """The tokenizer saved at `path`, by us or by the `tokenizers` package. ValueError if it is none."""
     try:
