@@ -1,5 +1,7 @@
 """The only place that says beforehand what a run takes, and what share of a machine's arithmetic it uses."""
 
+import time
+
 import torch
 from torch import nn
 
@@ -60,8 +62,18 @@ def dry_run(config: Config, device: torch.device, processes: int) -> list[str]:
         + "); activations come on top",
         f"arithmetic {flops:.3g} FLOPs a step, {flops * config.steps:.3g} in all",
     ]
-    best = peak(device)
+    best, of = peak(device), "the peak"
     if best is None:
-        return [*lines, "time       unknown on this device: run a few steps and look at tokens/s"]
+        best, of = _product(device), "a product of matrices, in one process and timed just now,"
     hours = flops * config.steps / (best * USUAL * processes) / 3600
-    return [*lines, f"time       {hours:,.1f} hours, if {USUAL:.0%} of the peak is reached"]
+    return [*lines, f"time       {hours:,.1f} hours, if each process reaches {USUAL:.0%} of {of} of {best:.3g} FLOP/s"]
+
+
+def _product(device: torch.device, size: int = 1024, seconds: float = 0.3) -> float:
+    """FLOP/s of float32 products of square matrices, for about `seconds`."""
+    a = torch.randn(size, size, device=device)
+    began, done = time.perf_counter(), 0
+    while (took := time.perf_counter() - began) < seconds or not done:
+        a @ a
+        done += 1
+    return 2.0 * size**3 * done / took

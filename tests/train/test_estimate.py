@@ -1,5 +1,6 @@
 """What a run takes, said beforehand."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -43,6 +44,7 @@ def test_a_dry_run_trains_nothing(tmp_path):
     config = Config(data=(str(tmp_path),), context=16, batch=8, steps=10, held_out=0.3, zero=2)
     said = "\n".join(dry_run(config, torch.device("cpu"), 4))
     assert "tiny gla, 898,816 parameters" in said and "10 of 128 tokens, 1,280 in all" in said and "in each of 4" in said
+    assert re.search(r"time +0\.0 hours, if each process reaches 40% of a product of matrices, .* FLOP/s", said)
     with pytest.raises(ValueError, match="4 processes need zero"):
         dry_run(replace(config, zero=None), torch.device("cpu"), 4)
     with pytest.raises(ValueError, match="batch must be a multiple"):
