@@ -11,13 +11,23 @@ SANITIZED := build/sanitize
 CUDA := $(shell (nvidia-smi -L || /sbin/ldconfig -p | grep libcuda.so.1) >/dev/null 2>&1 && echo yes)
 CPU_TORCH := 2.13.0
 
-.PHONY: demo test lint sanitize build clean
+.PHONY: demo test timm lint sanitize build clean
 
 demo: build
 	$(PY) -m linattn demo
 
 test: build
 	$(PY) -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
+
+# timm needs a torchvision whose wheel, beside a CPU torch, breaks transformers: both in an environment of their own, that reads the rest from .venv.
+timm: build $(VENV)/timm/ready
+	$(VENV)/timm/bin/python -m pytest tests/swap/test_swap_torch.py tests/models/test_models_vision.py -k timm $(ARGS)
+
+$(VENV)/timm/ready: $(READY)
+	$(PY) -m venv --without-pip --clear $(VENV)/timm
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(VENV)/timm/lib/python3*/site-packages)/parent.pth
+	$(PY) -m pip --disable-pip-version-check --python $(VENV)/timm/bin/python install --quiet -c $(VENV)/constraints.txt "timm>=1.0.31"
+	@touch $@
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -89,7 +89,7 @@ def test_torch_attention_elsewhere_is_refused():
     assert set(report.kept) == {"decoder.self_attn", "decoder.multihead_attn"}
 
 
-# -- timm, in an environment of its own: the torchvision it needs breaks a CPU torch -------------------------------------------------------
+# -- timm, by `make timm`, in an environment of its own: the torchvision it needs breaks a CPU torch ---------------------------------------
 
 
 def timm():
