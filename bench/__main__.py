@@ -106,6 +106,17 @@ def kernels(
 
 
 @app.command()
+def host(out: Annotated[Path, typer.Option(help="Folder of the table.", show_default="bench/results")] = records.RESULTS) -> None:
+    """Microseconds of the host per launch of the Triton kernels, without a GPU: everything up to the driver."""
+    from . import host as by_the_host
+
+    text = by_the_host.markdown()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "host.md").write_text(text)
+    Console().print(text, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def swap(
     only: Annotated[list[str] | None, typer.Option(help="text, images or cost; repeat for more.", show_default="all")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps of each stage: to see that it runs.")] = False,

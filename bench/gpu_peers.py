@@ -118,7 +118,7 @@ def softmax(backend: str, causal: bool) -> Callable[..., Tensor]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def run(q, k, v, g, b):
-        with sdpa_kernel(SDPBackend[backend]):
+        with sdpa_kernel(getattr(SDPBackend, backend)):
             return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal).transpose(1, 2)
 
     return run

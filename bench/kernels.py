@@ -5,6 +5,7 @@ shared memory, matrix instructions, asynchronous copies and traps, and bytes and
 """
 
 import contextlib
+import importlib.metadata
 import re
 import subprocess
 import tempfile
@@ -26,7 +27,7 @@ MATRIX = {
     "gfx942": r"\bv_mfma",
 }
 TOO_OLD = "Unsupported .version"  # how an assembler says it
-WITHOUT_MATRIX = ("seg_scan", "seg_sum", "row_factors", "short_gates", "step")
+WITHOUT_MATRIX = ("seg_scan", "seg_sum", "short_gates", "step")
 FORMS = {  # name → decay, delta, causal, normalize: the heaviest call of each kind of row, and the ones without decay
     "scalar": ("scalar", False, True, "none"),
     "bidirectional": ("scalar", False, False, "sum"),
@@ -70,6 +71,12 @@ class Launch:
     options: dict
     grid: tuple[int, ...]
     backward: bool
+
+    @property
+    def constexprs(self) -> str:
+        """What makes it another binary of the same kernel."""
+        fixed = {p.name: self.arguments[p.name] for p in self.kernel.params if p.is_constexpr}
+        return str(sorted((fixed | self.options).items()))
 
     @property
     def bytes(self) -> int:
@@ -268,7 +275,9 @@ def totals(arch: str, form: str, width: int) -> tuple[list[float], list[str]]:
     moved = [sum(x.bytes for x in side) / (TOKENS * H) for side in sides]
     counted = [sum(x.flops for x in side) for side in sides]
     names = [f"{side}: {{:.0f}} {unit} per token and head" for unit in ("bytes", "FLOPs") for side in ("forward", "backward")]
-    budget = BUDGET_32 if arch == "sm_100" else BUDGET
+    decay, delta, causal, _ = FORMS[form]
+    at = tiles.row(decay, delta, not causal and form != "nodecay", width, width, 2)
+    budget = BUDGET_32 if tiles.TABLE[arch][at][0][0] == 32 else BUDGET
     allowed = [*budget.get((form, width), (float("inf"),) * 2), *FLOPS.get((form, width), (float("inf"),) * 2)]
     figures = zip(names, moved + counted, allowed, strict=True)
     return moved + counted, [f"{form} {width} {name.format(a)} > {b}" for name, a, b in figures if a > b]
@@ -283,7 +292,7 @@ def run(archs=ARCHITECTURES, widths=WIDTHS[:3], forms=tuple(FORMS), told=lambda 
                 if not _has_tiles(arch, form, width):
                     continue
                 for launch in launches(form, width, arch):
-                    key = (arch, width, form, launch.kernel.__name__, str(sorted(launch.options.items())), launch.arguments.get("GRAD"))
+                    key = (arch, width, form, launch.kernel.__name__, launch.constexprs)
                     if key in seen:
                         continue
                     seen.add(key)
@@ -308,4 +317,10 @@ def markdown(rows: list[Row], faults: list[str]) -> str:
         figures = " | ".join(f"{figure:.0f}" for figure in totals(arch, form, width)[0])
         moved.append(f"| {arch} | {form} | {width} | {figures} |")
     ending = ["", f"{len(faults)} faults"] + [f"- {fault}" for fault in faults]
-    return "\n".join(["# Triton kernels, ahead of time", "", *lines, *moved, *ending, ""])
+    heading = [
+        "# Triton kernels, ahead of time",
+        "",
+        f"`python -m bench kernels`, Triton {importlib.metadata.version('triton')}. Under the delta rule",
+    ]
+    heading[-1] += " `seg_state` is there twice in a backward: for what segments do to any state, then for the states."
+    return "\n".join([*heading, "", *lines, *moved, *ending, ""])

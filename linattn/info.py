@@ -49,7 +49,11 @@ def machine() -> dict[str, str]:
 
 def backends() -> dict[str, str]:
     """Every backend, in order of preference: "ready", or why it cannot run here."""
-    return {name: linattn.why_not(name) or "ready" for name in linattn.BACKENDS}
+    from .ops.backends import BY_NAME
+
+    reserve = {name: getattr(backend, "BY_NAME_ONLY", None) for name, backend in BY_NAME.items()}
+    ready = {name: f"ready, by name only: {why}" if why else "ready" for name, why in reserve.items()}
+    return {name: linattn.why_not(name) or ready[name] for name in linattn.BACKENDS}
 
 
 def kernels() -> dict[str, str]:

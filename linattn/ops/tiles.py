@@ -1,9 +1,12 @@
 """Chunk and tile sizes of the Triton kernels: one literal table per architecture, no search. `python -m bench kernels` checks every row."""
 
+from functools import cache
 from typing import NamedTuple
 
 MAX_WIDTH = 256
 LEAST = 4  # chunks per segment: joining segments is one more launch, and shorter ones are not worth it
+FEWEST = 4  # segments of the delta rule: each is walked twice, so fewer are not worth it
+JOINED = 128  # widest K at which they are joined, by products of [K K] in registers
 SHORTEST = 256  # tokens of a sequence up to which the quadratic form is taken
 PROGRAMS = 528  # two waves of two programs on each of 132 multiprocessors
 
@@ -27,7 +30,7 @@ HOPPER = {
     ("one", 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     ("one", 512): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     ("both", 64): ((64, 64, 4, 2), (64, 32, 8, 1), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-    ("both", 128): ((64, 64, 8, 2), (64, 16, 8, 1), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+    ("both", 128): ((64, 64, 8, 2), (64, 32, 8, 1), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
     ("both", 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     ("both", 512): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     ("channel", 64): ((16, 64, 4, 2), (16, 32, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 8, 1)),
@@ -35,7 +38,7 @@ HOPPER = {
     ("channel", 256): ((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
     ("channel", 512): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     ("delta", 64): ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
-    ("delta", 128): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("delta", 128): ((32, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     ("delta", 256): ((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
     ("delta", 512): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     ("channel delta", 64): ((16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2)),
@@ -43,12 +46,25 @@ HOPPER = {
     ("channel delta", 256): ((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
     ("channel delta", 512): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
-# Without wgmma four warps hold too many accumulators; AMD has twice the registers at four warps and half the shared memory.
-AMPERE = HOPPER | {("one", 64): ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2))}
+# Without wgmma four warps hold too many accumulators; AMD has twice the registers at four warps, and 64 KiB of shared memory.
+AMPERE = HOPPER | {
+    ("one", 64): ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
+    ("one", 128): ((64, 64, 4, 2), (64, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+    ("both", 64): ((64, 64, 4, 2), (64, 32, 8, 1), (64, 64, 4, 2), (64, 64, 8, 2), (64, 16, 8, 2)),
+    ("both", 128): ((32, 64, 4, 2), (32, 32, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1)),
+    ("channel delta", 64): ((16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2)),
+}
 CDNA = {
     ("one", 64): HOPPER["one", 64],
     ("one", 128): ((64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
     ("both", 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    ("both", 128): ((64, 32, 4, 2), (64, 32, 4, 1), (64, 32, 4, 2), (64, 32, 4, 1), (64, 32, 4, 1)),
+    ("channel", 64): ((16, 64, 4, 2), (16, 32, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 1)),
+    ("channel", 128): ((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 1)),
+    ("delta", 64): ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
+    ("delta", 128): ((32, 32, 4, 1), (32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 2), (32, 32, 4, 2)),
+    ("channel delta", 64): ((16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2)),
+    ("channel delta", 128): ((16, 32, 4, 1), (16, 32, 4, 2), (16, 32, 4, 1), (16, 32, 4, 2), (16, 32, 4, 2)),
 }
 # At 64 tokens Triton puts products into tensor memory, runs out of it and writes a trap; at 32 it takes the tensor cores' older way in.
 BLACKWELL = HOPPER | {
@@ -76,6 +92,7 @@ SHORT = {
 ARCHITECTURES = tuple(name for name in TABLE if name != "interpreter")
 
 
+@cache
 def row(decay: str, delta: bool, both: bool, K: int, V: int, size: int) -> tuple[str, int]:
     """Which row of the table a call takes, for heads of K and V in a dtype of `size` bytes."""
     kind = ("channel delta" if delta else "channel") if decay == "channel" else "delta" if delta else "both" if both else "one"
@@ -83,12 +100,14 @@ def row(decay: str, delta: bool, both: bool, K: int, V: int, size: int) -> tuple
     return kind, next(width for width in WIDTHS if width >= wanted)
 
 
+@cache
 def pick(arch: str, kernel: str, at: tuple[str, int], V: int) -> Tile:
     """The tile of `kernel` in row `at`."""
     C, BV, warps, stages = TABLE[arch][at][KERNELS.index(kernel)]
     return Tile(C, min(BV, power_of_two(V)), warps, stages)
 
 
+@cache
 def pick_short(arch: str, backward: bool, at: tuple[str, int], V: int) -> Tile | None:
     """The tile of a quadratic kernel in row `at`; None where the architecture has none."""
     if at not in SHORT[arch]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import gpu, records
+from bench.gpu_worker import Question, Worker
 from bench.machine import ROOT
 
 
@@ -16,6 +17,23 @@ def test_refuses_to_measure_without_a_gpu(capsys):
     with pytest.raises(SystemExit):
         gpu.main([])
     assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_a_crash_or_a_hang_costs_one_question():
+    copy = Question("scalar", (1, 16, 1, 16), "copy", "forward")
+    worker = Worker(rehearse=True)
+    try:
+        assert worker.ask(copy._replace(peer="no such peer"), 60)[1]
+        assert worker.ask(copy, 0)[0] == "no answer in 0 s"
+        times, failed = worker.ask(copy, 60)
+        assert not failed and times["p50"] > 0
+        worker.process.kill()
+        assert worker.ask(copy, 60) == ("the process died with status -9", True)
+        assert not worker.ask(copy, 60)[1]
+    finally:
+        worker.stop()
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@ FEATURES = {
     "form": tuple((c.decay, c.delta, c.direction) for c in FORMS),
     "normalize": ("none", "sum", "clamp"),
     "groups": (1, 3),
-    "T": (1, 15, 64, 65, 130),
-    "widths": ((16, 16), (20, 40), (40, 20)),
+    "T": (1, 15, 64, 65, 130, 257),
+    "widths": ((16, 16), (20, 40), (40, 20), (96, 32), (32, 128)),
     "packed": (False, True),
     "state": (True, False),
     "final": (True, False),
@@ -44,7 +44,8 @@ def as_cases(rows):
         yield Case(decay=decay, delta=delta, direction=direction, B=1, H=1, **row), programs
 
 
-MIXED = list(as_cases(pairwise(FEATURES | {"T": (1, 15, 70), "form": FEATURES["form"][::7]})))
+SMALL = {"T": (1, 15, 70), "widths": ((16, 16), (20, 40), (40, 20)), "form": FEATURES["form"][::7]}
+MIXED = list(as_cases(pairwise(FEATURES | SMALL)))
 ALL = list(as_cases(pairwise(FEATURES)))
 
 
@@ -54,8 +55,17 @@ def compare(case, programs=1):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "PROGRAMS", programs)
         patch.setattr(tiles, "LEAST", 1)
+        patch.setattr(passes, "FEWEST", 2)
         got = whole(case, "triton")
     check(case, "triton", got, whole(case, "eager"), gold)
+    for name, error in errors(got, gold).items():
+        assert error < 1e-5, f"{name}: relative error {error:.2g}"
+
+
+def errors(got, gold):
+    """Relative errors in the L2 norm. The gate of a head gets a sum that cancels: its error is judged by the size of the terms."""
+    size = lambda name, true: max(true.norm().item(), 4 * gold["o"].norm().item() if name == "dlog_decay" else 0.0)
+    return {name: (got[name].double() - true).norm().item() / max(size(name, true), 1e-3) for name, true in gold.items() if true.numel()}
 
 
 @pytest.mark.parametrize("case", FORMS, ids=str)
@@ -108,12 +118,23 @@ def test_bfloat16(decay, direction, way):
     states = {"state": way != "short", "final": way != "short"}
     delta = way == "delta"
     case = Case(decay=decay, delta=delta, direction=direction, B=1, H=1, T=70, widths=(16, 16), dtype=torch.bfloat16, **states)
-    gold, got = whole(case, "reference", double=True), whole(case, "triton")
-    for name, true in gold.items():
-        size = max(true.norm().item(), 4 * gold["o"].norm().item() if name == "dlog_decay" else 0.0)  # of a head: a sum that cancels
-        error = (got[name].double() - true).norm().item() / size
-        # roundings of u, of what w reads off the state and of the state meet in the delta rule, where they are differences
-        assert error < (6e-3 if delta else 4e-3), f"{name}: relative error {error:.2g}"
+    for name, error in errors(whole(case, "triton"), whole(case, "reference", double=True)).items():
+        # roundings of u, of what k reads off the state and of the state meet in the delta rule, where they are differences
+        assert error < (5e-3 if delta else 4e-3), f"{name}: relative error {error:.2g}"
+
+
+def test_delta_rule_in_segments():
+    """A sequence cut in three, two of them packed: joined by products of what the segments do to a state."""
+    compare(Case(decay="scalar", delta=True, B=1, H=1, T=70, groups=2, record=("boundaries", "writes"), stride=48), programs=100)
+    compare(Case(decay="channel", delta=True, direction="source", B=1, H=1, T=130, normalize="sum", packed=True), programs=100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("delta", (False, True))
+def test_wide_heads(decay, delta):
+    for widths in ((256, 16), (16, 256), (72, 200)):
+        compare(Case(decay=decay, delta=delta, B=1, H=1, T=40, widths=widths))
 
 
 def test_no_tokens():

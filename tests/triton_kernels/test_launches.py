@@ -70,9 +70,10 @@ PLAIN = dict(widths=(64, 64), state=False, final=False)
 BY_FORM = {
     "causal": (Case(T=5000, **PLAIN), 3, 4),
     "bidirectional": (Case(T=5000, direction="target", **PLAIN), 3, 4),
-    "normalised": (Case(T=5000, direction="target", normalize="sum", **PLAIN), 3, 5),  # one for what a row's gradient is divided by
+    "normalised": (Case(T=5000, direction="target", normalize="sum", **PLAIN), 3, 4),
     "no decay": (Case(T=5000, decay="none", direction="target", **PLAIN), 3, 3),
-    "delta": (Case(T=5000, delta=True, **PLAIN), 2, 5),
+    "delta, sequences that fill the chip": (Case(T=5000, B=40, H=16, delta=True, **PLAIN), 2, 4),
+    "delta, one that is cut": (Case(T=5000, delta=True, **PLAIN), 4, 6),
     "short": (Case(T=197, **PLAIN), 1, 2),
     "short bidirectional": (Case(T=197, direction="target", normalize="sum", **PLAIN), 1, 2),
     "short, no decay": (Case(T=197, decay="none", direction="target", **PLAIN), 1, 1),

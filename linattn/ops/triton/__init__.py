@@ -11,6 +11,7 @@ from ..tiles import ARCHITECTURES, MAX_WIDTH, TABLE, row
 
 NAME = "triton"
 DEVICE = "cuda"
+BY_NAME_ONLY = "its kernels have not been measured on a GPU yet"  # why "auto" does not take it, for `linattn info`
 STATELESS = True  # a state that is not there is neither read nor written
 
 

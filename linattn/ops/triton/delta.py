@@ -1,14 +1,15 @@
-"""The delta rule inside a chunk: `wy` solves for what is written given the state before the chunk, `wy_backward` is its gradient.
+"""The delta rule inside a chunk: `wy` solves for what is written given the state before the chunk, `solved` is its gradient.
 
-(I + M) u = β (v − (k ⊙ 2^ℓ) S)      M = β · scores(k, k), strictly lower
-u = ũ − w S                          ũ = X β v,   w = X β (k ⊙ 2^ℓ),   X = (I + M)⁻¹
+    (I + M) u = β (v − (k ⊙ 2^ℓ) S)      M = β · scores(k, k), strictly lower
+    u = X (v − (k ⊙ 2^ℓ) S)              X = (I + M)⁻¹ diag(β)
+
+X is all that is stored. X v and X (k ⊙ 2^ℓ) in its place, each rounded, would be two large tensors whose small difference is u.
 """
 
 import triton
 import triton.language as tl
 
-from .gate import _meets, clock, dot, faded, gates, scores, spread, unclock
-from .gradients import _load_gates, _per_gate, _put_gates
+from .gate import _meets, clock, dot, faded, fine, gates, scores, spread
 from .layout import column, locate, matrix, put, put_column, tile, tokens
 
 
@@ -27,11 +28,11 @@ def inverse(M):
 
 @triton.jit(do_not_specialize=["N", "T", "H"])
 def wy(
-    k, v, g, beta, cu_seqlens, w, u, N, T, H,
+    k, g, beta, cu_seqlens, solution, N, T, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, LEAVING: tl.constexpr,
     REVERSE: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks of all sequences, H): w [tokens H K] and ũ [tokens H V]."""
+    """Grid (chunks of all sequences, H): X [tokens H C]."""
     h = tl.program_id(1)
     _, start, length, c = locate(tl.program_id(0), cu_seqlens, N, T, C, VARLEN)
     if c * C >= length:
@@ -40,33 +41,24 @@ def wy(
     jk = tl.arange(0, BK)
     b_k = tile(k, first, step, live, H, h, jk, K)
     ell = clock(gates(g, first, step, live, H, h, jk, K, DECAY), LEAVING)
-    b_beta = column(beta, first, step, live, H, h)[:, None]
-    X = inverse(b_beta * scores(b_k, b_k, ell, 0.0, True, DECAY)).to(b_k.dtype)
-    put(w, dot(X, (b_beta * faded(b_k, ell, DECAY)).to(b_k.dtype)), first, step, live, H, h, jk, K)
-    for iv in range((V + BV - 1) // BV):
-        jv = iv * BV + tl.arange(0, BV)
-        b_v = tile(v, first, step, live, H, h, jv, V)
-        put(u, dot(X, (b_beta * b_v).to(b_v.dtype)), first, step, live, H, h, jv, V)
+    b_beta = column(beta, first, step, live, H, h)
+    X = inverse(b_beta[:, None] * scores(b_k, b_k, ell, 0.0, True, DECAY)) * b_beta[None, :]
+    put(solution, X, first, step, live, H, h, tl.arange(0, C), C)
 
 
-@triton.jit(do_not_specialize=["N", "T", "H"])
-def wy_backward(
-    k, v, g, beta, u, du, states, cu_seqlens, dk_others, dk, dv, dg, dbeta, N, T, H,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, LEAVING: tl.constexpr,
-    REVERSE: tl.constexpr, VARLEN: tl.constexpr,
+@triton.jit
+def solved(
+    v, beta, u, du, states, dv, dbeta, row, first, step, live, H, h, b_k, ell,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks of all sequences, H). To dk and dg it adds what reading with k costs; dv and dbeta it makes."""
-    at, h = tl.program_id(0), tl.program_id(1)
-    _, start, length, c = locate(at, cu_seqlens, N, T, C, VARLEN)
-    if c * C >= length:
-        return
-    first, step, live = tokens(start, length, c, C, REVERSE)
+    """From du of one chunk: dv and dbeta are stored, returned is what reading with k and being read as a key give to dk [C K] each.
+
+    dr = (I + M)⁻ᵀ du,   dv = β dr,   dM = −dr uᵀ strictly lower,   dβ = rows of (v − (k ⊙ 2^ℓ) S) ⊙ dr and of dM ⊙ scores(k, k)
+    """
     i, jk = tl.arange(0, C), tl.arange(0, BK)
-    b_k = tile(k, first, step, live, H, h, jk, K)
-    ell = clock(gates(g, first, step, live, H, h, jk, K, DECAY), LEAVING)
     b_beta = column(beta, first, step, live, H, h)
     A = scores(b_k, b_k, ell, 0.0, True, DECAY)
-    X = inverse(b_beta[:, None] * A).to(b_k.dtype)
+    X = tl.trans(inverse(b_beta[:, None] * A))
     k_seen = faded(b_k, ell, DECAY).to(b_k.dtype)
     dM = tl.zeros([C, C], tl.float32)
     dk_read = tl.zeros([C, BK], tl.float32)
@@ -74,8 +66,8 @@ def wy_backward(
     for iv in range((V + BV - 1) // BV):
         jv = iv * BV + tl.arange(0, BV)
         b_v = tile(v, first, step, live, H, h, jv, V)
-        S = matrix(states, at * H + h, jk, jv, K, V).to(b_k.dtype)
-        dr = dot(tl.trans(X), tile(du, first, step, live, H, h, jv, V).to(b_k.dtype))
+        S = matrix(states, row, jk, jv, K, V).to(b_k.dtype)
+        dr = fine(X, tile(du, first, step, live, H, h, jv, V).to(tl.float32), b_k)
         dM -= dot(dr.to(b_k.dtype), tl.trans(tile(u, first, step, live, H, h, jv, V)))
         b_dbeta += tl.sum((b_v - dot(k_seen, S)) * dr, 1)
         b_dv = b_beta[:, None] * dr
@@ -85,9 +77,4 @@ def wy_backward(
     put_column(dbeta, b_dbeta + tl.sum(dM * A, 1), first, step, live, H, h)
     dA = b_beta[:, None] * dM
     dk_read = faded(dk_read, ell, DECAY) + spread(dA, b_k, ell, 0.0, True, DECAY)
-    dk_key = spread(tl.trans(dA), b_k, ell, 0.0, False, DECAY)
-    put(dk, tile(dk_others, first, step, live, H, h, jk, K) + dk_read + dk_key, first, step, live, H, h, jk, K)
-    if DECAY != "none":
-        b_dg = _load_gates(dg, first, step, live, H, h, jk, K, DECAY)
-        b_dg += unclock(_per_gate(b_k * (dk_read - dk_key), DECAY), LEAVING)
-        _put_gates(dg, b_dg, first, step, live, H, h, jk, K, DECAY)
+    return dk_read, spread(tl.trans(dA), b_k, ell, 0.0, False, DECAY)

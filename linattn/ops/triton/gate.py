@@ -8,6 +8,8 @@ the chunk in halves, the halves in halves, and so on: two tokens meet at the one
 import triton
 import triton.language as tl
 
+from .layout import column, put, put_column, tile
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -44,6 +46,33 @@ def unclock(dl, LEAVING: tl.constexpr):
     else:
         dg = tl.cumsum(dl, 0, reverse=True)
     return dg
+
+
+@triton.jit
+def per_gate(x, DECAY: tl.constexpr):
+    """[C K] → what one gate governs: [C K] for a channel decay, else its row sums [C]."""
+    if DECAY == "channel":
+        y = x
+    else:
+        y = tl.sum(x, 1)
+    return y
+
+
+@triton.jit
+def put_gates(dg, x, first, step, live, heads, h, k, K: tl.constexpr, DECAY: tl.constexpr):
+    if DECAY == "channel":
+        put(dg, x, first, step, live, heads, h, k, K)
+    else:
+        put_column(dg, x, first, step, live, heads, h)
+
+
+@triton.jit
+def load_gates(dg, first, step, live, heads, h, k, K: tl.constexpr, DECAY: tl.constexpr):
+    if DECAY == "channel":
+        x = tile(dg, first, step, live, heads, h, k, K)
+    else:
+        x = column(dg, first, step, live, heads, h)
+    return x
 
 
 @triton.jit
@@ -187,6 +216,12 @@ def _meets(C: tl.constexpr, level: tl.constexpr):
     """Pairs inside one block of 2^(level + 1)."""
     block = tl.arange(0, C) >> (level + 1)
     return block[:, None] == block[None, :]
+
+
+@triton.jit
+def fine(a, b, like):
+    """Product of float32 operands in a call of dtype `like`: in a half type they may be rounded to tensor-float, which is finer."""
+    return tl.dot(a, b, input_precision="ieee" if like.dtype == tl.float32 else "tf32")
 
 
 @triton.jit

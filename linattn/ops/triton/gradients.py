@@ -11,36 +11,10 @@ All sums stay inside the chunk; summed over the whole sequence instead, rounding
 import triton
 import triton.language as tl
 
-from .gate import carried_z, clock, dot, faded, gates, read, scores, scores_both, spread, unclock
-from .layout import column, first_row, gradient, locate, put, put_column, tile, tokens
+from .delta import solved
+from .gate import carried_z, clock, dot, faded, gates, load_gates, per_gate, put_gates, read, scores, scores_both, spread, unclock
+from .layout import column, first_row, gradient, locate, put, tile, tokens
 from .state import entering, entering_z
-
-
-@triton.jit
-def _per_gate(x, DECAY: tl.constexpr):
-    """[C K] → what one gate governs: [C K] for a channel decay, else its row sums [C]."""
-    if DECAY == "channel":
-        y = x
-    else:
-        y = tl.sum(x, 1)
-    return y
-
-
-@triton.jit
-def _put_gates(dg, x, first, step, live, heads, h, k, K: tl.constexpr, DECAY: tl.constexpr):
-    if DECAY == "channel":
-        put(dg, x, first, step, live, heads, h, k, K)
-    else:
-        put_column(dg, x, first, step, live, heads, h)
-
-
-@triton.jit
-def _load_gates(dg, first, step, live, heads, h, k, K: tl.constexpr, DECAY: tl.constexpr):
-    if DECAY == "channel":
-        x = tile(dg, first, step, live, heads, h, k, K)
-    else:
-        x = column(dg, first, step, live, heads, h)
-    return x
 
 
 @triton.jit(do_not_specialize=["N", "T", "H", "G", "segments", "chunks", "rows"])
@@ -86,29 +60,29 @@ def bwd_dq(
     b_k = tile(k, first, step, live, H, h, jk, K)
     left = faded(left, ell, DECAY) + spread(dP, b_k, ell, OWN, True, DECAY)
     if DECAY != "none":
-        dg = unclock(_per_gate(b_q * left, DECAY), LEAVING_LEFT)
+        dg = unclock(per_gate(b_q * left, DECAY), LEAVING_LEFT)
     if BOTH:
         right = faded(right, L - r, DECAY)
         if DECAY != "none":
-            dg += tl.sum(_per_gate(b_q * right, DECAY), 0)
+            dg += tl.sum(per_gate(b_q * right, DECAY), 0)
         right += spread(dP, b_k, r, 0.0, False, DECAY)
         if DECAY != "none":
-            dg -= unclock(_per_gate(b_q * right, DECAY), LEAVING_RIGHT)
+            dg -= unclock(per_gate(b_q * right, DECAY), LEAVING_RIGHT)
         left += right
     put(dq, left, first, step, live, H * G, hq, jk, K)
     if DECAY != "none":
-        _put_gates(dg_rows, dg, first, step, live, H * G, hq, jk, K, DECAY)
+        put_gates(dg_rows, dg, first, step, live, H * G, hq, jk, K, DECAY)
 
 
 @triton.jit(do_not_specialize=["N", "T", "H", "G", "segments", "chunks", "rows"])
 def bwd_dkv(
-    q, k, v, do, dd, factor, g, states, zs, fades, incoming, incoming_z, cu_seqlens, dg_rows, dwrites, dk, dv, dg,
-    scale, N, T, H, G, segments, chunks, rows,
+    q, k, v, do, dd, factor, g, states, zs, fades, incoming, incoming_z, cu_seqlens, dg_rows, dwrites, v_given, beta, du, dk, dv, dg,
+    dbeta, scale, N, T, H, G, segments, chunks, rows,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr,
     LEAVING_LEFT: tl.constexpr, LEAVING_RIGHT: tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr,
-    VARLEN: tl.constexpr, SCANNED: tl.constexpr, WRITES: tl.constexpr,
+    VARLEN: tl.constexpr, SCANNED: tl.constexpr, WRITES: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks of all sequences, H, dk and dv). DELTA: v is u, whose gradient the walk has made already, and dv is not asked for."""
+    """Grid (chunks of all sequences, H, dk and dv). DELTA: v is u; its gradient du is there, and goes on to v and beta."""
     at, h = tl.program_id(0), tl.program_id(1)
     n, start, length, c = locate(at, cu_seqlens, N, T, C, VARLEN)
     if c * C >= length:
@@ -125,24 +99,25 @@ def bwd_dkv(
     r = clock(b_g, LEAVING_RIGHT)
     b_k = tile(k, first, step, live, H, h, jk, K)
     if tl.program_id(2) == 1:
-        for iv in range((V + BV - 1) // BV):
-            jv = iv * BV + tl.arange(0, BV)
-            dS = entering(states, fades, incoming, dp_row, dp_seg, jk, jv, K, V, DECAY, SCANNED)
-            acc = read(b_k, dS, L - ell, DECAY).to(tl.float32)
-            if BOTH:
-                dS = entering(states, fades, incoming, dn_row, dn_seg, jk, jv, K, V, DECAY, SCANNED)
-                acc += read(b_k, dS, r, DECAY)
-            for head in range(G):
-                b_q = tile(q, first, step, live, H * G, h * G + head, jk, K)
-                dn = gradient(do, factor, scale, first, step, live, H * G, h * G + head, jv, V, NORMALIZE)
+        if not DELTA:
+            for iv in range((V + BV - 1) // BV):
+                jv = iv * BV + tl.arange(0, BV)
+                dS = entering(states, fades, incoming, dp_row, dp_seg, jk, jv, K, V, DECAY, SCANNED)
+                acc = read(b_k, dS, L - ell, DECAY).to(tl.float32)
                 if BOTH:
-                    P = scores_both(b_k, b_q, ell, r, False, DECAY)
-                else:
-                    P = scores(b_k, b_q, ell, OWN, False, DECAY)
-                acc += dot(P.to(dn.dtype), dn)
-            if WRITES:
-                acc += tile(dwrites, first, step, live, H, h, jv, V)
-            put(dv, acc, first, step, live, H, h, jv, V)
+                    dS = entering(states, fades, incoming, dn_row, dn_seg, jk, jv, K, V, DECAY, SCANNED)
+                    acc += read(b_k, dS, r, DECAY)
+                for head in range(G):
+                    b_q = tile(q, first, step, live, H * G, h * G + head, jk, K)
+                    dn = gradient(do, factor, scale, first, step, live, H * G, h * G + head, jv, V, NORMALIZE)
+                    if BOTH:
+                        P = scores_both(b_k, b_q, ell, r, False, DECAY)
+                    else:
+                        P = scores(b_k, b_q, ell, OWN, False, DECAY)
+                    acc += dot(P.to(dn.dtype), dn)
+                if WRITES:
+                    acc += tile(dwrites, first, step, live, H, h, jv, V)
+                put(dv, acc, first, step, live, H, h, jv, V)
     else:
         left, right = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
         crossing = tl.zeros([BK], tl.float32)  # ⟨P, dP⟩ + ⟨N, dN⟩ per channel
@@ -189,30 +164,21 @@ def bwd_dkv(
             if BOTH:
                 right += spread(dP, b_q, r, 0.0, True, DECAY)
             if DECAY != "none":
-                b_dg += _load_gates(dg_rows, first, step, live, H * G, h * G + head, jk, K, DECAY)
+                b_dg += load_gates(dg_rows, first, step, live, H * G, h * G + head, jk, K, DECAY)
+        if DELTA:
+            read_with, as_key = solved(
+                v_given, beta, v, du, states, dv, dbeta, p_row, first, step, live, H, h, b_k, ell, K, V, BK, BV, C, DECAY
+            )
+            left += as_key
+            if DECAY != "none":
+                b_dg += unclock(per_gate(b_k * read_with, DECAY), LEAVING_LEFT)
         if DECAY != "none":
-            b_dg -= unclock(_per_gate(b_k * left, DECAY), LEAVING_LEFT)
+            b_dg -= unclock(per_gate(b_k * left, DECAY), LEAVING_LEFT)
             if BOTH:
-                b_dg += unclock(_per_gate(b_k * right, DECAY), LEAVING_RIGHT)
-            _put_gates(dg, b_dg, first, step, live, H, h, jk, K, DECAY)
+                b_dg += unclock(per_gate(b_k * right, DECAY), LEAVING_RIGHT)
+            put_gates(dg, b_dg, first, step, live, H, h, jk, K, DECAY)
         if BOTH:
             left += right
+        if DELTA:
+            left += read_with
         put(dk, left, first, step, live, H, h, jk, K)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def row_factors(do, o, d, factor, dd, scale, eps, rows, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, CLAMP: tl.constexpr):
-    """Of a normalised call, per row: dn = factor · do, and dd, the gradient of the row sum. Grid (rows / R)."""
-    i, jv = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, BV)
-    live = (i < rows)[:, None] & (jv < V)[None, :]
-    at = i[:, None] * V + jv[None, :]
-    dot_o = tl.sum(tl.load(do + at, mask=live, other=0.0).to(tl.float32) * tl.load(o + at, mask=live, other=0.0).to(tl.float32), 1)
-    b_d = tl.load(d + i, mask=i < rows, other=1.0)
-    if CLAMP:
-        f = scale / tl.maximum(b_d, eps)
-        b_dd = tl.where(b_d > eps, -f * dot_o, 0.0)
-    else:
-        f = scale / (b_d + eps)
-        b_dd = -f * dot_o
-    tl.store(factor + i, f, mask=i < rows)
-    tl.store(dd + i, b_dd, mask=i < rows)

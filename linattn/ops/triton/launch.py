@@ -5,8 +5,7 @@ import torch
 from ..form import Form, boundary_rows
 from ..tiles import power_of_two
 from .decoding import step as one_token
-from .gradients import row_factors
-from .passes import NoDecay, Pass, Short
+from .passes import SAID, NoDecay, Pass, Short
 
 
 def _passes(q, k, v, log_decay, beta, kv, cu_seqlens, form: Form) -> list[tuple[slice, Pass]]:
@@ -81,31 +80,14 @@ def backward(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, c
     if Short.takes(k, v, log_decay, beta, kv, cu_seqlens, form, dkv is not None):
         dq, dk, dv, dg = Short(q, k, v, log_decay, form).backward(do, o.contiguous(), d)
         return dq, dk, dv, _as_given(dg, log_decay), None, None, None
-    factor = dd = None
-    if form.normalize != "none":
-        factor, dd = torch.empty_like(d), torch.empty_like(d)
-        V = v.shape[-1]
-        row_factors[(-(-d.numel() // 32),)](
-            do,
-            o.contiguous(),
-            d,
-            factor,
-            dd,
-            form.scale,
-            form.eps,
-            d.numel(),
-            V=V,
-            BV=power_of_two(V),
-            R=32,
-            CLAMP=form.normalize == "clamp",
-        )
     passes = _passes(q, k, v, log_decay, beta, kv, cu_seqlens, form._replace(final=True))
     dtype = None if len(passes) == 1 else torch.float32
+    o, d = (None, None) if form.normalize == "none" else (o.contiguous(), d)
     grads = []
     for owned, run in passes:
         mine = lambda x, owned=owned: None if x is None or not x.numel() else x[owned].sum(0)  # writes of both sides are one v
         states = (_of(dkv, owned), _of(dz, owned), mine(dbkv), mine(dbz), mine(dwrites), _of(kv, owned), _of(z, owned))
-        grads.append(run.backward(do, dd, factor, *states, dtype))
+        grads.append(run.backward(do, o, d, *states, dtype))
     dq, dk, dv, dg, dbeta, dS, dZ = zip(*grads, strict=True)
     total = lambda xs: None if xs[0] is None else sum(xs[1:], xs[0])
     dg = _as_given(total(dg), log_decay)
@@ -133,6 +115,6 @@ def step(q, k, v, log_decay, beta, kv, z, form: Form):
     BV = min(power_of_two(V), max(16, 4096 // BK))  # 32 numbers of the state per thread
     one_token[(-(-V // BV), B * H)](
         q, k, v, log_decay, beta, kv, z, o, new_kv, new_z, form.scale, form.eps, H, G,
-        K=K, V=V, BK=BK, BV=BV, DECAY=decay, DELTA=beta is not None, DIVIDE=form.normalize, num_warps=4,
+        K=K, V=V, BK=BK, BV=BV, DECAY=decay, DELTA=beta is not None, DIVIDE=form.normalize, num_warps=4, **SAID,
     )  # fmt: skip
     return o, new_kv, new_z

@@ -78,6 +78,21 @@ def gradient(do, factor, scale, first, step, live, heads, h, v, V: tl.constexpr,
 
 
 @triton.jit
+def row_factors(do, o, d, scale, eps, first, step, live, heads, h, V: tl.constexpr, BV: tl.constexpr, CLAMP: tl.constexpr):
+    """Of rows divided by their sum: factor [C], with dn = factor · do, and dd [C], the gradient of the sum."""
+    rows = tl.where(live, column(d, first, step, live, heads, h), 1.0)
+    if CLAMP:
+        factor, kept = scale / tl.maximum(rows, eps), rows > eps
+    else:
+        factor, kept = scale / (rows + eps), live
+    dot_o = tl.where(live, 0.0, 0.0)
+    for iv in tl.static_range((V + BV - 1) // BV):
+        v = iv * BV + tl.arange(0, BV)
+        dot_o += tl.sum(tile(do, first, step, live, heads, h, v, V).to(tl.float32) * tile(o, first, step, live, heads, h, v, V), 1)
+    return factor, tl.where(kept, -factor * dot_o, 0.0)
+
+
+@triton.jit
 def column(ptr, first, step, live, heads, h):
     """One number per token [C] of a [tokens, heads] tensor."""
     return tl.load(ptr + first * heads + h + step * heads, mask=live, other=0.0)

@@ -6,14 +6,14 @@ The state from the left is carried in registers; bidirectional calls read the on
 import triton
 import triton.language as tl
 
-from .gate import carried, carried_z, clock, dot, faded, gates, read, read_z, scores, scores_both, written
+from .gate import carried, carried_z, clock, dot, faded, fine, gates, read, read_z, scores, scores_both, written
 from .layout import first_row, locate, matrix, put, put_column, put_matrix, put_vector, tile, tokens, vector
 from .state import entering, entering_z
 
 
 @triton.jit(do_not_specialize=["N", "T", "H", "G", "segments", "chunks", "every"])
 def output(
-    q, k, v, g, w, incoming, incoming_z, states, zs, fades, cu_seqlens, o, d, writes, bkv, bz, last, last_z,
+    q, k, v, g, solution, incoming, incoming_z, states, zs, fades, cu_seqlens, o, d, writes, bkv, bz, last, last_z,
     scale, eps, N, T, H, G, segments, chunks, every,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr,
     DELTA: tl.constexpr, LEAVING_LEFT: tl.constexpr, LEAVING_RIGHT: tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -22,7 +22,7 @@ def output(
 ):  # fmt: skip
     """Grid (V tiles, segments × query heads). NORMALIZE: row sums d are formed; DIVIDE: "none", "sum" or "clamp".
 
-    DELTA: v is what `wy` made of it, and w reads off it what the state holds already: u = v − w S.
+    DELTA: `solution` is X of delta.py, u = X (v − what k reads of the state already).
     """
     iv, segment, hq = tl.program_id(0), tl.program_id(1) // (H * G), tl.program_id(1) % (H * G)
     h = hq // G
@@ -52,20 +52,18 @@ def output(
             if NORMALIZE:
                 tl.store(bz + at * K + jk, z, mask=(jk < K) & kept & (iv == 0))
         if DELTA:  # write
-            b_w = tile(w, first, step, live, H, h, jk, K)
-            u = b_u - dot(b_w, S.to(b_w.dtype))
+            b_X = tile(solution, first, step, live, H, h, tl.arange(0, C), C)
+            u = fine(b_X, b_u - read(b_k, S, ell, DECAY), b_u)
             if WRITES:
                 put(writes, u, first, step, live & speaks, H, h, jv, V)
             b_u = u.to(b_u.dtype)
-        if BOTH:  # emit
-            r = clock(b_g, LEAVING_RIGHT)
+        out = read(b_q, S, ell, DECAY)  # emit
+        if BOTH:
+            r, row = clock(b_g, LEAVING_RIGHT), (chunk_row + c) * H + h
+            out += read(b_q, entering(states, fades, incoming, row, right_row, jk, jv, K, V, DECAY, SCANNED), L - r, DECAY)
             P = scores_both(b_q, b_k, ell, r, True, DECAY)
         else:
             P = scores(b_q, b_k, ell, OWN, True, DECAY)
-        out = read(b_q, S, ell, DECAY)
-        if BOTH:
-            row = (chunk_row + c) * H + h
-            out += read(b_q, entering(states, fades, incoming, row, right_row, jk, jv, K, V, DECAY, SCANNED), L - r, DECAY)
         out = (out + dot(P.to(b_u.dtype), b_u)) * scale
         if NORMALIZE:
             rows = tl.sum(P, 1) + read_z(b_q, z, ell, DECAY)

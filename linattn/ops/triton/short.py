@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .gate import clock, dot, gates, unclock
-from .layout import column, put, put_column, tile, tokens
+from .layout import column, put, put_column, row_factors, tile, tokens
 
 
 @triton.jit
@@ -91,15 +91,8 @@ def _gradients(do, o, d, scale, eps, first, step, live, heads, h, jv, V: tl.cons
     if DIVIDE == "none":
         dn, dd = b_do * scale, tl.where(live, 0.0, 0.0)
     else:
-        rows = column(d, first, step, live, heads, h)
-        if DIVIDE == "sum":
-            factor = scale / tl.where(live, rows + eps, 1.0)
-            kept = live
-        else:
-            factor = scale / tl.maximum(rows, eps)
-            kept = rows > eps
+        factor, dd = row_factors(do, o, d, scale, eps, first, step, live, heads, h, V, jv.shape[0], DIVIDE == "clamp")
         dn = b_do * factor[:, None]
-        dd = tl.where(kept, -factor * tl.sum(b_do.to(tl.float32) * tile(o, first, step, live, heads, h, jv, V), 1), 0.0)
     return dn.to(b_do.dtype), dd
 
 

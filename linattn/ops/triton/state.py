@@ -9,17 +9,20 @@ There are up to four families of states, two per direction, all by the same recu
 What is stored for a chunk is the state on entering it from its segment's end, in the dtype of k; it is carried in float32. The part that
 comes from beyond the segment is added by the reader (`entering`), faded by the decay between: no state is read only to be written again.
 
-The delta rule makes each step depend on the one before, so there a segment is a whole sequence. With w and ũ from `delta.wy`,
+The delta rule makes each step depend on the one before. With X from `delta.wy`,
 
-    P    u  = ũ − w P,                          P  ← 2^L P + (k ⊙ 2^(L−ℓ))ᵀ u
-    dP   du = (k ⊙ 2^(L−ℓ)) dP + scoresᵀ dn,    dP ← 2^L dP + (q ⊙ 2^ℓ)ᵀ dn − wᵀ du
+    P    u  = X (v − (k ⊙ 2^ℓ) P),              P  ← 2^L P + (k ⊙ 2^(L−ℓ))ᵀ u
+    dP   du = (k ⊙ 2^(L−ℓ)) dP + scoresᵀ dn,    dP ← 2^L dP + (q ⊙ 2^ℓ)ᵀ dn − (k ⊙ 2^ℓ)ᵀ Xᵀ du
+
+Both are linear in the state, so a segment is one matrix R [K K] and what it adds: P ← R P + P_own, dP ← Rᵀ dP + dP_own. R is the walk of P
+from the identity with v = 0: K more columns of the same walk. The segments are then joined, and walked once more from what enters them.
 """
 
 import triton
 import triton.language as tl
 
-from .gate import carried, carried_z, clock, dot, faded, gates, read, scores, written
-from .layout import column, first_row, gradient, locate, matrix, put, put_matrix, put_vector, tile, tokens, vector
+from .gate import carried, carried_z, clock, dot, faded, fine, gates, read, scores, written
+from .layout import first_row, gradient, locate, matrix, put, put_column, put_matrix, put_vector, row_factors, tile, tokens, vector
 
 
 @triton.jit
@@ -60,19 +63,23 @@ def _store_total(totals, total, row, k, here, K: tl.constexpr, DECAY: tl.constex
 
 @triton.jit
 def _walk(
-    x, y, k, w, writes, dwrites, dd, factor, scale, g, initial, initial_z, dbkv, dbz, states, zs, fades, last, last_z, totals,
-    start, length, chunk, chunks, row, last_row, initial_row, record_row, heads, h, iv, G, every,
+    x, y, k, solution, writes, dwrites, o, d, dd, factor, scale, eps, g, initial, initial_z, dbkv, dbz, states, zs, fades, last, last_z,
+    totals, turns, start, length, chunk, chunks, row, last_row, initial_row, turn_row, record_row, heads, h, iv, G, every,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr,
-    LEAVING: tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr, LEFTWARDS: tl.constexpr, GRAD: tl.constexpr,
-    FRESH: tl.constexpr, STORED: tl.constexpr, ENDS: tl.constexpr, RECORD: tl.constexpr, WRITES: tl.constexpr, PIPE: tl.constexpr,
+    LEAVING: tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr, CLAMP: tl.constexpr, REVERSE: tl.constexpr, LEFTWARDS: tl.constexpr,
+    GRAD: tl.constexpr, FRESH: tl.constexpr, STORED: tl.constexpr, ENDS: tl.constexpr, TURNS: tl.constexpr, RECORD: tl.constexpr,
+    WRITES: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
     """One segment, one tile of V columns, from zero (FRESH) or `initial`.
 
-    STORED: whether the state on entering each chunk is kept; ENDS: whether the one at the end is.
+    STORED: whether the state on entering each chunk is kept; ENDS: whether the one at the end is. TURNS: columns past V are those of R.
     """
     jk, jv = tl.arange(0, BK), iv * BV + tl.arange(0, BV)
     inside = (jk < K)[:, None] & (jv < V)[None, :]
-    if FRESH:
+    if TURNS:
+        turned = jv - (V + BV - 1) // BV * BV
+        S, z = tl.where(jk[:, None] == turned[None, :], 1.0, 0.0), tl.zeros([BK], tl.float32)
+    elif FRESH:
         S, z = tl.zeros([BK, BV], tl.float32), tl.zeros([BK], tl.float32)
     else:
         S, z = matrix(initial, initial_row, jk, jv, K, V), vector(initial_z, initial_row, jk, K)
@@ -87,8 +94,17 @@ def _walk(
         c = chunk + (chunks - 1 - j if LEFTWARDS else j)
         first, step, live = tokens(start, length, c, C, REVERSE)
         b_x = tile(x, first, step, live, heads * G, h * G + head, jk, K)
+        weight = tl.where(live, 1.0, 0.0)
         if GRAD:
-            b_y = gradient(y, factor, scale, first, step, live, heads * G, h * G + head, jv, V, NORMALIZE)
+            if not NORMALIZE:
+                b_y = gradient(y, factor, scale, first, step, live, heads * G, h * G + head, jv, V, False)
+            else:
+                by, weight = row_factors(y, o, d, scale, eps, first, step, live, heads * G, h * G + head, V, BV, CLAMP)
+                b_y = tile(y, first, step, live, heads * G, h * G + head, jv, V)
+                b_y = (b_y * by[:, None]).to(b_y.dtype)
+                if LEFTWARDS:  # dP, whatever else there is
+                    put_column(factor, by, first, step, live & (iv == 0), heads * G, h * G + head)
+                    put_column(dd, weight, first, step, live & (iv == 0), heads * G, h * G + head)
         else:
             b_y = tile(y, first, step, live, heads, h, jv, V)
         b_g = gates(g, first, step, live, heads, h, jk, K, DECAY)
@@ -99,31 +115,29 @@ def _walk(
         ell, L = clock(b_g, LEAVING), tl.sum(b_g, 0)
         e = ell if LEFTWARDS else L - ell
         if DELTA:
-            b_w = tile(w, first, step, live, heads, h, jk, K)
+            b_X = tile(solution, first, step, live, heads, h, tl.arange(0, C), C)
             if GRAD:
                 b_k = tile(k, first, step, live, heads, h, jk, K)
                 P = scores(b_k, b_x, ell, OWN, False, DECAY)
                 du = tl.where(head == 0, read(b_k, S, L - ell, DECAY), du) + dot(P.to(b_y.dtype), b_y)
                 if WRITES:
                     du += tl.where(head == 0, tile(dwrites, first, step, live, heads, h, jv, V), 0.0)
-                put(writes, du, first, step, live & (head == G - 1), heads, h, jv, V)
+                if STORED:
+                    put(writes, du, first, step, live & (head == G - 1), heads, h, jv, V)
             else:
-                b_y = (b_y - dot(b_w, S.to(b_w.dtype))).to(b_y.dtype)
-                put(writes, b_y, first, step, live, heads, h, jv, V)
+                b_y = fine(b_X, b_y - read(b_x, S, ell, DECAY), b_y).to(b_y.dtype)
+                if STORED:
+                    put(writes, b_y, first, step, live, heads, h, jv, V)
         L = tl.where(head == 0, L, 0.0)
         if NORMALIZE:
             if STORED:
                 tl.store(zs + at * K + jk, z, mask=(jk < K) & (head == 0) & (iv == 0))
-            if GRAD:
-                weight = column(dd, first, step, live, heads * G, h * G + head)
-            else:
-                weight = tl.where(live, 1.0, 0.0)
             z = carried_z(z, L, DECAY) + tl.sum(faded(b_x, e, DECAY) * weight[:, None], 0)
         S = carried(S, L, DECAY) + written(b_x, b_y, e, DECAY)
         past += L
         if DELTA:
             if GRAD:
-                S -= dot(tl.trans(b_w), tl.where(head == G - 1, du, 0.0).to(b_w.dtype))
+                S -= written(b_k, fine(tl.trans(b_X), tl.where(head == G - 1, du, 0.0), b_k), ell, DECAY)
         if RECORD:
             if GRAD:  # a recorded start hands its gradient to all that came before it
                 recorded = (c % every == 0) & (head == G - 1)
@@ -136,78 +150,90 @@ def _walk(
         if iv == 0:
             put_vector(last_z, z, last_row, jk, K)
             _store_total(totals, past, last_row, jk, True, K, DECAY)
+    if TURNS:
+        at = turns + turn_row.to(tl.int64) * (K * K) + jk[:, None] * K + turned[None, :]
+        tl.store(at, S, mask=(jk < K)[:, None] & ((turned >= 0) & (turned < K))[None, :])
 
 
 @triton.jit(do_not_specialize=["N", "T", "H", "G", "family", "segments", "chunks", "every"])
 def seg_state(
-    q, k, v, do, w, u, du, dwrites, dd, factor, g, kv, z, dkv, dz, dbkv, dbz, cu_seqlens, states, zs, fades, last, last_z, totals,
-    scale, N, T, H, G, family, segments, chunks, every,
+    q, k, v, do, solution, u, du, dwrites, o, d, dd, factor, g, kv, z, dkv, dz, dbkv, dbz, cu_seqlens, states, zs, fades, last, last_z,
+    totals, turns, scale, eps, N, T, H, G, family, segments, chunks, every,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr,
     DELTA: tl.constexpr, LEAVING_LEFT: tl.constexpr, LEAVING_RIGHT: tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr,
-    REVERSE: tl.constexpr, VARLEN: tl.constexpr, GRAD: tl.constexpr, SCANNED: tl.constexpr, RECORD: tl.constexpr, WRITES: tl.constexpr,
-    KEEP: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, PIPE: tl.constexpr,
+    CLAMP: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr, GRAD: tl.constexpr, SCANNED: tl.constexpr, RECORD: tl.constexpr,
+    WRITES: tl.constexpr, KEEP: tl.constexpr, RESUMED: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (families × V tiles, segments × H): the programs that read the same tokens are neighbours, and the second finds them in L2.
 
     `chunks` per segment, `segments` rows of them, `family`: the first one wanted. Forward only N is kept per chunk: P is `output`'s.
     KEEP: whether states on entering chunks are wanted at all, or only the sums of whole segments. STARTS, ENDS: whether the call has an
-    initial state, and a last one (GRAD: and with them gradients of either).
+    initial state, and a last one (GRAD: and with them gradients of either). RESUMED: kv, z and dkv, dz hold what enters every segment.
+    GRAD and NORMALIZE: `dd` and `factor` of all rows are made here.
     """
+    TURNS: tl.constexpr = DELTA and not KEEP  # after the families' tiles come those of R
+    D: tl.constexpr = 2 if BOTH else 1
     tiles: tl.constexpr = (V + BV - 1) // BV
     f, iv = family + tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    if TURNS:
+        beyond = tl.program_id(0) - (2 if GRAD else 1) * tiles
+        f, iv = tl.where(beyond < 0, f, 0), tl.where(beyond < 0, iv, tiles + beyond)
     segment, h = tl.program_id(1) // H, tl.program_id(1) % H
     n, start, length, block = locate(segment, cu_seqlens, N, T, chunks * C, VARLEN)
     count = tl.minimum(chunks, tl.cdiv(length, C) - block * chunks)
-    D: tl.constexpr = 2 if BOTH else 1
     rows = tl.cdiv(T, C) * N
     if VARLEN:
         rows = T // C + N
     keeper = f if GRAD else f - 1
     row = (tl.maximum(keeper, 0) * rows + first_row(n, start, T, C, VARLEN)) * H + h
     last_row = (f * segments + segment) * H + h
-    initial_row = ((f % D) * N + n) * H + h
+    initial_row = last_row if RESUMED else ((f % D) * N + n) * H + h
     record_row = first_row(n, start, T, C * every, VARLEN) * H + h
     chunk = block * chunks
     if f == 0:
         _walk(
-            k, v, k, w, u, dwrites, dd, factor, scale, g, kv, z, dbkv, dbz, states, zs, fades, last, last_z, totals,
-            start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, 1, every,
-            K, V, BK, BV, C, DECAY, DELTA, LEAVING_LEFT, OWN, NORMALIZE, REVERSE, False, False,
-            SCANNED or not STARTS, GRAD and KEEP, SCANNED or (ENDS and not GRAD), RECORD, WRITES, PIPE,
+            k, v, k, solution, u, dwrites, o, d, dd, factor, scale, eps, g, kv, z, dbkv, dbz, states, zs, fades, last, last_z,
+            totals, turns, start, length, chunk, count, row, last_row, initial_row, segment * H + h, record_row, H, h, iv, 1, every,
+            K, V, BK, BV, C, DECAY, DELTA, LEAVING_LEFT, OWN, NORMALIZE, CLAMP, REVERSE, False, False,
+            (SCANNED or not STARTS) and not RESUMED, GRAD and KEEP, SCANNED or (ENDS and not GRAD), TURNS, RECORD, WRITES, PIPE,
         )  # fmt: skip
     if BOTH:
         if f == 1:
             _walk(
-                k, v, k, w, u, dwrites, dd, factor, scale, g, kv, z, dbkv, dbz, states, zs, fades, last, last_z, totals,
-                start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, 1, every,
-                K, V, BK, BV, C, DECAY, DELTA, LEAVING_RIGHT, OWN, NORMALIZE, REVERSE, True, False,
-                SCANNED or not STARTS, KEEP, SCANNED or (ENDS and not GRAD), RECORD, WRITES, PIPE,
+                k, v, k, solution, u, dwrites, o, d, dd, factor, scale, eps, g, kv, z, dbkv, dbz, states, zs, fades, last, last_z,
+                totals, turns, start, length, chunk, count, row, last_row, initial_row, segment * H + h, record_row, H, h, iv, 1, every,
+                K, V, BK, BV, C, DECAY, DELTA, LEAVING_RIGHT, OWN, NORMALIZE, CLAMP, REVERSE, True, False,
+                SCANNED or not STARTS, KEEP, SCANNED or (ENDS and not GRAD), False, RECORD, WRITES, PIPE,
             )  # fmt: skip
     if GRAD:
         if f == D:
             _walk(
-                q, do, k, w, du, dwrites, dd, factor, scale, g, dkv, dz, dbkv, dbz, states, zs, fades, last, last_z, totals,
-                start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, G, every,
-                K, V, BK, BV, C, DECAY, DELTA, LEAVING_LEFT, OWN, NORMALIZE, REVERSE, True, True,
-                SCANNED or not ENDS, KEEP, SCANNED or STARTS, RECORD, WRITES, PIPE,
+                q, do, k, solution, du, dwrites, o, d, dd, factor, scale, eps, g, dkv, dz, dbkv, dbz, states, zs, fades, last, last_z,
+                totals, turns, start, length, chunk, count, row, last_row, initial_row, segment * H + h, record_row, H, h, iv, G, every,
+                K, V, BK, BV, C, DECAY, DELTA, LEAVING_LEFT, OWN, NORMALIZE, CLAMP, REVERSE, True, True,
+                (SCANNED or not ENDS) and not RESUMED, KEEP, SCANNED or STARTS, False, RECORD, WRITES, PIPE,
             )  # fmt: skip
         if BOTH:
             if f == D + 1:
                 _walk(
-                    q, do, k, w, du, dwrites, dd, factor, scale, g, dkv, dz, dbkv, dbz, states, zs, fades, last, last_z, totals,
-                    start, length, chunk, count, row, last_row, initial_row, record_row, H, h, iv, G, every,
-                    K, V, BK, BV, C, DECAY, DELTA, LEAVING_RIGHT, OWN, NORMALIZE, REVERSE, False, True,
-                    SCANNED or not ENDS, KEEP, SCANNED or STARTS, RECORD, WRITES, PIPE,
+                    q, do, k, solution, du, dwrites, o, d, dd, factor, scale, eps, g, dkv, dz, dbkv, dbz, states, zs, fades, last, last_z,
+                    totals, turns, start, length, chunk, count, row, last_row, initial_row, segment * H + h, record_row, H, h, iv, G, every,
+                    K, V, BK, BV, C, DECAY, DELTA, LEAVING_RIGHT, OWN, NORMALIZE, CLAMP, REVERSE, False, True,
+                    SCANNED or not ENDS, KEEP, SCANNED or STARTS, False, RECORD, WRITES, PIPE,
                 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "T", "H", "families", "segments", "chunks"])
 def seg_scan(
-    parts, parts_z, totals, kv, z, dkv, dz, last, last_z, cu_seqlens, N, T, H, segments, chunks,
+    parts, parts_z, totals, turns, kv, z, dkv, dz, last, last_z, cu_seqlens, N, T, H, segments, chunks,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr,
-    NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, GRAD: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr,
+    DELTA: tl.constexpr, NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, GRAD: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (families, N × H, V tiles): in place, what each segment adds becomes what enters it; in a fixed order. `last` gets the end."""
+    """Grid (families, N × H, V tiles): in place, what each segment adds becomes what enters it; in a fixed order. `last` gets the end.
+
+    PRECISION: how the tensor cores at hand multiply float32, for the delta rule's R.
+    """
     f, n, h, iv = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H, tl.program_id(2)
     k, v = tl.arange(0, BK), iv * BV + tl.arange(0, BV)
     if VARLEN:
@@ -233,7 +259,13 @@ def seg_scan(
         total = _load_total(totals, row, k, K, DECAY)
         part = matrix(parts, row, k, v, K, V)
         put_matrix(parts, S, row, k, v, K, V)
-        S = carried(S, total, DECAY) + part
+        if DELTA:
+            at = turns + (segment * H + h).to(tl.int64) * (K * K)
+            at += tl.where(grad, k[:, None] + k[None, :] * K, k[:, None] * K + k[None, :])  # Rᵀ or R
+            R = tl.load(at, mask=(k < K)[:, None] & (k < K)[None, :], other=0.0)
+            S = tl.dot(R, S, input_precision=PRECISION) + part
+        else:
+            S = carried(S, total, DECAY) + part
         if NORMALIZE:
             if iv == 0:
                 part_z = vector(parts_z, row, k, K)
