@@ -147,35 +147,47 @@ def gpu(context: typer.Context) -> None:
 
 @app.command()
 def vision(
-    part: Annotated[str, typer.Argument(help="accuracy (small images, three seeds) or resolution (vit_tiny from 224² on).")],
+    part: Annotated[
+        str, typer.Argument(help="accuracy (small images), longrange (pixel by pixel, ListOps) or resolution (vit_tiny from 224² on).")
+    ],
     variant: Annotated[
-        list[str] | None, typer.Option(help="Repeat for more.", show_default="softmax, gla, lion_d, lion_s, lion_s_natural")
+        list[str] | None, typer.Option(help="Only these lines of the tables, or for resolution these variants; repeat for more.")
     ] = None,
-    dataset: Annotated[str, typer.Option(help="digits or mnist5k.")] = "mnist5k",
-    steps: Annotated[int, typer.Option(help="Training steps of each run.", min=1)] = 600,
-    seeds: Annotated[int, typer.Option(help="Runs of each variant.", min=1)] = 3,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="mnist5k or digits; pixels or listops. Repeat for more.", show_default="mnist5k; pixels and listops"),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of each run.", min=1, show_default="the task's")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each line.", min=1)] = 3,
     size: Annotated[list[int] | None, typer.Option(help="Pixels of a side; repeat for more.", show_default="224, 448, 1024")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder of the record.", show_default="bench/results")] = records.RESULTS,
 ) -> None:
-    """Vision transformers of every variant on one thread: what they learn from the same steps, or what large images cost."""
-    from . import vision as seen
+    """Vision transformers of every variant on one thread: what they learn from the same steps, or what large images cost.
+
+    A run of accuracy or longrange is kept in OUT/vision-PART.jsonl as soon as it ends: called again, the command goes on from there, and
+    takes the file away when the record is written.
+    """
+    from . import learning, resolution
 
     console = Console()
     say = lambda line: console.print(line, highlight=False)
-    names = variant or ["softmax", "gla", "lion_d", "lion_s", "lion_s_natural"]
-    facts = dict(command=shlex.join(["python", "-m", "bench", *sys.argv[1:]]), machine=machine.facts(), git=machine.git())
+    facts = dict(
+        part=part, command=shlex.join(["python", "-m", "bench", *sys.argv[1:]]), machine=machine.facts(), versions=machine.versions(),
+        git=machine.git(), device=device,
+    )  # fmt: skip
+    path = out / f"vision-{part}.json"
     try:
-        if part == "accuracy":
-            rows = seen.accuracy(names, dataset=dataset, steps=steps, seeds=seeds, overrides={}, say=say)
-            facts["summary"] = seen.summary(rows)
-        elif part == "resolution":
-            rows = seen.resolution(names, sizes=size or [224, 448, 1024], backward=True, say=say)
+        out.mkdir(parents=True, exist_ok=True)
+        if part == "resolution":
+            resolution.save(path, resolution.run(variant, size, device, say), **facts)
+        elif part in learning.PARTS:
+            tasks = learning.pick(part, task)
+            learning.save(path, tasks, learning.run(tasks, path.with_suffix(".jsonl"), seeds, say, variant, steps, device), facts)
         else:
-            raise ValueError(f"part must be accuracy or resolution; got {part!r}")
+            raise ValueError(f"part must be one of {[*learning.PARTS, 'resolution']}; got {part!r}")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    path = out / f"vision-{part}.json"
-    seen.save(path, rows, **facts)
     say(f"written: {path} and .png")
 
 

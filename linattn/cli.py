@@ -162,7 +162,7 @@ def train(
     raise typer.Exit(130 if run.stopped_by == signal.SIGINT else 0)
 
 
-data_app = typer.Typer(no_args_is_help=True, help="Corpora.")
+data_app = typer.Typer(no_args_is_help=True, help="Corpora, and data that is made.")
 app.add_typer(data_app, name="data")
 
 
@@ -180,6 +180,25 @@ def build_data(
 
     facts = tokens.build(tuple(paths), out, tokenizer=tokenizer, vocab_size=vocab_size, held_out=held_out, field=field)
     print(f"{out}: {facts['source']}, {facts['train']:,} tokens to train on, {facts['held_out']:,} held out, {facts['dtype']}")
+
+
+@data_app.command("listops")
+def make_listops(
+    out: Annotated[Path, typer.Argument(help="The .npz file to write, for `linattn train --recipe image --data`.")],
+    count: Annotated[int, typer.Option(help="Expressions.", min=1)] = 20_000,
+    lengths: Annotated[tuple[int, int], typer.Option(help="Fewest and most symbols.")] = (500, 2000),
+    max_depth: Annotated[int, typer.Option(help="Operations inside each other.")] = 10,
+    max_args: Annotated[int, typer.Option(help="Arguments of one operation.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the expressions.")] = 0,
+) -> None:
+    """Make ListOps, nested operations on digits whose value is to be told: an image of one row, a symbol being a pixel of 15 channels.
+
+    Train on it with --set patch_size=1 and --option shift=0.
+    """
+    from .train import listops
+
+    listops.save(out, count, seed=seed, lengths=lengths, max_depth=max_depth, max_args=max_args)
+    print(f"{out}: {count:,} expressions of {lengths[0]} to {lengths[1]} symbols")
 
 
 @app.command()

@@ -49,10 +49,10 @@ class Patches(nn.Module):
 class Positions(nn.Module):
     """A learnt embedding per patch of `grid`, added to the tokens; for another grid it is resized by antialiased bicubic interpolation."""
 
-    def __init__(self, grid: Grid, dim: int):
+    def __init__(self, grid: Grid, dim: int, *, std: float = 0.02):
         super().__init__()
         self.weight = without_weight_decay(nn.Parameter(torch.empty(*grid, dim)))
-        nn.init.normal_(self.weight, std=0.02)
+        nn.init.normal_(self.weight, std=std)
 
     def extra_repr(self) -> str:
         return " × ".join(map(str, self.weight.shape))

