@@ -48,7 +48,6 @@ VARIANTS = (
     _with("ecoformer", "ecoformer", registers=8),  # its hash takes 25 anchors from the tokens of one image
     *(_with(f"{name}, no positions", name, positions=False) for name in ("lion_d", "lion_s")),
     *(_with(name, name, positions=True) for name in ("lion_d", "lion_s")),
-    _with("lion_s, two curves", "lion_s", positions=True, curves=2),
 )
 DIRECTIONS = tuple(
     _with(f"{name}, {words}", name, positions=True, causal=causal)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,37 +16,46 @@ from linattn.train.memory import Peak
 VARIANTS = ("softmax", "linear", "gla", "lion_d", "lion_s", "lion_s_natural")
 SIZES = (224, 448, 1024)
 MODES = ("forward", "forward+backward")
+ROUNDS = 3
 
 
 def run(variants: list[str] | None, sizes: list[int] | None, device: str, say: Callable[[str], None]) -> list[dict]:
-    """`vit_tiny_{variant}`, B = 1: the better of two runs and the peak memory, each point in its own process.
+    """`vit_tiny_{variant}`, B = 1: time and peak memory of each variant, size and mode.
 
-    On a CPU one thread in float32, and the time is the thread's, which a busy machine disturbs less than the clock on the wall; on a GPU
-    bfloat16 weights, and the clock.
+    Times are the best of ROUNDS, in which the variants take turns, so that a machine that is busy for a while is so for all of them; memory
+    is measured in a process per point. On a CPU one thread in float32, and the thread's own time; on a GPU bfloat16, and the clock.
     """
     rows = []
     for size in sizes or SIZES:
-        for variant in variants or VARIANTS:
-            for mode in MODES:
-                point = dict(variant=variant, size=size, mode=mode, device=device)
-                done = subprocess.run([sys.executable, "-m", "bench.resolution", json.dumps(point)], capture_output=True, text=True)
-                if done.returncode:
-                    raise ValueError(f"{variant} at {size} failed: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}")
-                rows.append(json.loads(done.stdout))
-                say(f"{variant} {size}² {mode}: {rows[-1]['seconds']:.3f} s, {rows[-1]['peak_bytes'] / 1e6:.0f} MB")
+        names = list(variants or VARIANTS)
+        for mode in MODES:
+            seconds = _apart("times", variants=names, size=size, mode=mode, device=device)
+            for variant in names:
+                peak = _apart("peak", variant=variant, size=size, mode=mode, device=device)
+                row = dict(variant=variant, size=size, tokens=(size // 16) ** 2, mode=mode, seconds=seconds[variant], peak_bytes=peak)
+                rows.append(row)
+                say(f"{variant} {size}² {mode}: {row['seconds']:.3f} s, {peak / 1e6:.0f} MB")
     return rows
 
 
-def measure(*, variant: str, size: int, mode: str, device: str = "cpu") -> dict:
+def _apart(what: str, **point) -> Any:
+    """`times` or `peak` in a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "bench.resolution", what, json.dumps(point)], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{what} of {point} failed: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}")
+    return json.loads(done.stdout)
+
+
+def _call(variant: str, size: int, mode: str, device: str) -> Callable[[], None]:
+    """One forward, or forward and backward, of a model made here; the first call, which libraries keep things from, is done."""
     on = torch.device(device)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dtype = torch.float32 if on.type == "cpu" else torch.bfloat16
     model = VisionTransformer.create(f"vit_tiny_{variant}", img_size=size).to(on, dtype)
     image = torch.randn(1, 3, size, size, device=on, dtype=dtype)
-    clock = time.process_time if on.type == "cpu" else time.perf_counter
 
-    def call(x: torch.Tensor) -> None:
+    def call(x: torch.Tensor = image) -> None:
         with torch.set_grad_enabled(mode != "forward"):
             y = model(x)
         if mode != "forward":
@@ -54,15 +64,29 @@ def measure(*, variant: str, size: int, mode: str, device: str = "cpu") -> dict:
         if on.type != "cpu":
             torch.accelerator.synchronize()
 
-    call(image[..., :64, :64])  # what libraries keep from their first call on is not the size's
-    with Peak(on) as peak:
-        call(image)
-    times = []
-    for _ in range(2):
-        began = clock()
-        call(image)
-        times.append(clock() - began)
-    return dict(variant=variant, size=size, tokens=(size // 16) ** 2, mode=mode, seconds=min(times), peak_bytes=peak.bytes)
+    call(image[..., :64, :64])
+    return call
+
+
+def times(*, variants: list[str], size: int, mode: str, device: str) -> dict[str, float]:
+    """variant → seconds."""
+    clock = time.process_time if torch.device(device).type == "cpu" else time.perf_counter
+    calls = {variant: _call(variant, size, mode, device) for variant in variants}
+    best = dict.fromkeys(variants, float("inf"))
+    for _ in range(ROUNDS):
+        for variant, call in calls.items():
+            began = clock()
+            call()
+            best[variant] = min(best[variant], clock() - began)
+    return best
+
+
+def peak(*, variant: str, size: int, mode: str, device: str) -> int:
+    """Bytes beyond the weights."""
+    call = _call(variant, size, mode, device)
+    with Peak(torch.device(device)) as most:
+        call()
+    return most.bytes
 
 
 def save(path: Path, rows: list[dict], **facts) -> None:
@@ -96,4 +120,4 @@ def draw(path: Path, rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(**json.loads(sys.argv[1]))))
+    print(json.dumps({"times": times, "peak": peak}[sys.argv[1]](**json.loads(sys.argv[2]))))

@@ -64,7 +64,8 @@ def test_bad_names(tmp_path, arguments, message):
 
 
 def test_resolution_measures_and_draws(tmp_path):
-    rows = [resolution.measure(variant=variant, size=64, mode=mode) for variant in ("softmax", "linear") for mode in resolution.MODES]
-    assert all(line["tokens"] == 16 and line["seconds"] > 0 for line in rows)
+    rows = resolution.run(["linear"], [64], "cpu", lambda line: None)
+    assert [line["mode"] for line in rows] == list(resolution.MODES) and all(line["tokens"] == 16 and line["seconds"] > 0 for line in rows)
+    assert rows[1]["peak_bytes"] > rows[0]["peak_bytes"] >= 0
     resolution.save(tmp_path / "a.json", rows, command="")
     assert (tmp_path / "a.png").stat().st_size > 10_000 and json.loads((tmp_path / "a.json").read_text())["rows"] == rows
