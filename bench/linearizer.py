@@ -21,7 +21,7 @@ from .machine import facts, git, versions
 
 TEACHER, STUDENT, DATASET, PATCH = "vit_micro_softmax", "vit_micro_linear", "mnist5k", 7
 SIZES = dict(img_size=28, patch_size=PATCH, in_chans=1, num_classes=10, num_layers=2)
-STEPS, TEACHING, BATCH, LR, WEIGHT, MASKED, SEEDS = 300, 1500, 32, 3e-3, 1.0, 0.5, (0, 1, 2)
+STEPS, TEACHING, BATCH, LR, WEIGHT, MASKED, SEEDS = 300, 1000, 32, 3e-3, 1.0, 0.5, (0, 1, 2)
 
 
 def hide(pixels: torch.Tensor, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
