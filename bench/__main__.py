@@ -165,8 +165,8 @@ def vision(
 ) -> None:
     """Vision transformers of every variant on one thread: what they learn from the same steps, or what large images cost.
 
-    A run of accuracy or longrange is kept in OUT/vision-PART.jsonl as soon as it ends: called again, the command goes on from there, and
-    takes the file away when the record is written.
+    A run of accuracy or longrange is kept in OUT/vision-PART.jsonl as soon as it ends: called again, the command goes on from there. Ctrl-C
+    writes a record of what there is; the file goes with the complete one.
     """
     from . import learning, resolution
 
@@ -183,7 +183,10 @@ def vision(
             resolution.save(path, resolution.run(variant, size, device, say), **facts)
         elif part in learning.PARTS:
             tasks = learning.pick(part, task)
-            learning.save(path, tasks, learning.run(tasks, path.with_suffix(".jsonl"), seeds, say, variant, steps, device), facts)
+            rows, complete = learning.run(tasks, path.with_suffix(".jsonl"), seeds, say, variant, steps, device)
+            if not rows:
+                raise typer.Exit(130)
+            learning.save(path, tasks, rows, complete, facts)
         else:
             raise ValueError(f"part must be one of {[*learning.PARTS, 'resolution']}; got {part!r}")
     except ValueError as error:

@@ -92,30 +92,35 @@ def pick(part: str, names: list[str] | None) -> dict[str, Task]:
 
 def run(
     tasks: dict[str, Task], kept: Path, seeds: int, say: Say, cases: list[str] | None = None, steps: int | None = None, device: str = "cpu"
-) -> list[dict]:
-    """A row for each task, case and seed, with its curve; a run whose row `kept` (one line of JSON each) has already is not done again."""
+) -> tuple[list[dict], bool]:
+    """A row for each task, case and seed, with its curve; a run whose row `kept` (one line of JSON each) has already is not done again.
+
+    Ctrl-C ends the training: then the second result is False, and the rows are those that are there.
+    """
     known = [case.label for task in tasks.values() for case in task.cases]
     if unknown := [label for label in cases or () if label not in known]:
         raise ValueError(f"variant must be of {list(dict.fromkeys(known))}; got {unknown[0]!r}")
     done = {_key(row): row for row in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
-    rows = []
+    rows, complete = [], True
     with TemporaryDirectory() as folder:
         for name, task in tasks.items():
             data = Path(folder) / f"{name}.npz"
             if task.make:
                 task.make(data)
             for seed in range(seeds):
-                for case in task.cases:
-                    if cases and case.label not in cases:
-                        continue
+                for case in (case for case in task.cases if not cases or case.label in cases):
                     row = _row(name, task, case, seed, steps)
-                    if (found := done.get(_key(row))) is None:
-                        found = row | _trained(task, row, data, device)
-                        with kept.open("a") as file:
-                            file.write(json.dumps(found) + "\n")
-                        say(f"{name}, {case.label}, seed {seed}: {found['accuracy']:.4f} in {found['cpu_s']:.0f} s of CPU")
-                    rows.append(found)
-    return rows
+                    found = done.get(_key(row))
+                    if found is None and complete:
+                        learnt = _trained(task, row, data, device)
+                        complete = learnt is not None
+                        found = row | learnt if learnt else None
+                        if found:
+                            with kept.open("a") as file:
+                                file.write(json.dumps(found) + "\n")
+                            say(f"{name}, {case.label}, seed {seed}: {found['accuracy']:.4f} in {found['cpu_s']:.0f} s of CPU")
+                    rows += [found] if found else []
+    return rows, complete
 
 
 def _row(name: str, task: Task, case: Case, seed: int, steps: int | None) -> dict:
@@ -128,7 +133,7 @@ def _key(row: dict) -> str:
     return json.dumps({name: row[name] for name in ("task", "variant", "seed", "overrides", "config")}, sort_keys=True)
 
 
-def _trained(task: Task, row: dict, data: Path, device: str) -> dict:
+def _trained(task: Task, row: dict, data: Path, device: str) -> dict | None:
     steps = row["config"]["steps"]
     config = recipes.image("micro", row["variant"], steps=steps)
     config = replace(
@@ -139,7 +144,7 @@ def _trained(task: Task, row: dict, data: Path, device: str) -> dict:
     with TemporaryDirectory() as folder:
         run = train(config, Path(folder), console=Console(quiet=True))
     if run.stopped_by:
-        raise SystemExit(f"stopped by {run.stopped_by.name} in {row['case']}, seed {row['seed']}: the runs before it are kept")
+        return None
     curve = [(line["step"], line["accuracy"]) for line in run.rows if line["accuracy"] is not None]
     return dict(accuracy=curve[-1][1], curve=curve, cpu_s=round(time.process_time() - began, 1))
 
@@ -162,22 +167,26 @@ def summary(rows: list[dict]) -> list[dict]:
     return lines
 
 
-def save(path: Path, tasks: dict[str, Task], rows: list[dict], facts: dict) -> None:
-    """The record as JSON, a table and a plot; the lines kept on the way to it go."""
-    record = facts | dict(titles={name: task.title for name, task in tasks.items()}, summary=summary(rows), rows=rows)
+def save(path: Path, tasks: dict[str, Task], rows: list[dict], complete: bool, facts: dict) -> None:
+    """The record as JSON, a table and a plot; the lines kept on the way to it go, unless it is not complete."""
+    titles = {name: task.title for name, task in tasks.items()}
+    record = facts | dict(complete=complete, titles=titles, summary=summary(rows), rows=rows)
     path.write_text(json.dumps(record, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(record))
     draw(record, path.with_suffix(".png"))
-    path.with_suffix(".jsonl").unlink(missing_ok=True)
+    if complete:
+        path.with_suffix(".jsonl").unlink(missing_ok=True)
 
 
 def markdown(record: dict) -> str:
     machine, versions = record["machine"], record["versions"]
     lines = [f"# vision {record['part']}", "", f"`{record['command']}`, {machine['cpu']}, one thread, torch {versions['torch']}.", ""]
+    if not record["complete"]:
+        lines += ["Stopped before its end: lines with fewer seeds than others wait for the rest.", ""]
     for name, own in _by_task(record["summary"]).items():
         steps = next(row["config"]["steps"] for row in record["rows"] if row["task"] == name)
         lines += [
-            f"## {record['titles'][name]}", "", f"Held-out accuracy in % after {steps} steps, {own[0]['seeds']} seeds.", "",
+            f"## {record['titles'][name]}", "", f"Held-out accuracy in % after {steps} steps.", "",
             f"| model | mean | each seed | points against {own[0]['case']} | seconds of CPU per run |", "|---|---:|---|---:|---:|",
         ]  # fmt: skip
         for line in own:

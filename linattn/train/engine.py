@@ -66,6 +66,14 @@ class Engine:
         return Outcome(loss.item(), norm.item(), not finite)
 
     @torch.no_grad()
+    def prepare(self) -> None:
+        """Show a model that fits part of itself to the first data it is trained on, EcoFormer's hash, the first step's rows: before that it
+        cannot be evaluated."""
+        if any(hasattr(module, "fitted") and not module.fitted for module in self.model.modules()):
+            self.model.train()
+            self._on_device(self.task.losses, self._micro_batches(0)[0])
+
+    @torch.no_grad()
     def evaluate(self) -> float:
         """The task's metric on its held-out data, which the processes share out."""
         self.model.eval()

@@ -59,6 +59,7 @@ def train(config: Config, out: Path, *, resume: str = "auto", command: str | Non
     )  # fmt: skip
     with Stop() as stop, lines as log:
         if step == 0:
+            engine.prepare()
             log.row(step=0, tokens=0, metric=engine.evaluate())
         while step < config.steps and not asked:
             row = _step(engine, config, step)

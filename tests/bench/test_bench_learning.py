@@ -31,7 +31,7 @@ def test_record_table_and_plot(tmp_path):
     facts = dict(part="accuracy", command="python -m bench vision accuracy", machine={"cpu": "a chip"}, versions={"torch": "2"})
     path = tmp_path / "vision-accuracy.json"
     path.with_suffix(".jsonl").write_text("")
-    learning.save(path, learning.pick("accuracy", None), ROWS, facts)
+    learning.save(path, learning.pick("accuracy", None), ROWS, True, facts)
     assert len(json.loads(path.read_text())["rows"]) == 9 and not path.with_suffix(".jsonl").exists()
     table = path.with_suffix(".md").read_text()
     assert "| far | 89.0 | 88.0, 89.0, 90.0 | -2.0 (more than a point short) |" in table
@@ -39,14 +39,15 @@ def test_record_table_and_plot(tmp_path):
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_a_run_is_kept_and_not_done_twice(tmp_path):
+def test_a_run_is_kept_and_not_done_twice(tmp_path, monkeypatch):
     task = learning.PARTS["accuracy"]["digits"]
     tasks = {"digits": replace(task, overrides=dict(num_layers=1, dim=16), config=task.config | dict(steps=2, batch=4))}
     kept, said = tmp_path / "kept.jsonl", []
-    rows = learning.run(tasks, kept, 1, said.append, ["linear"])
-    assert [line["case"] for line in rows] == ["linear"] and len(said) == 1 and rows[0]["curve"][-1][0] == 2
+    rows, complete = learning.run(tasks, kept, 1, said.append, ["linear"])
+    assert complete and [line["case"] for line in rows] == ["linear"] and len(said) == 1 and rows[0]["curve"][-1][0] == 2
     kept.write_text(kept.read_text() + json.dumps(row("linear", 0, 0.5, "digits")) + "\n")  # of another config: not this run
-    assert json.loads(json.dumps(rows)) == learning.run(tasks, kept, 1, said.append, ["linear"]) and len(said) == 1
+    monkeypatch.setattr(learning, "_trained", lambda *run: None)  # as if stopped: what is there is not lost
+    assert learning.run(tasks, kept, 2, said.append, ["linear"]) == (json.loads(json.dumps(rows)), False) and len(said) == 1
 
 
 def test_every_case_is_a_model():
@@ -73,5 +74,5 @@ def test_resolution_measures_and_draws(tmp_path, monkeypatch):
 
 
 def test_resolution_says_what_failed():
-    with pytest.raises(ValueError, match="times of .*'size': 65.* failed: ValueError: img_size must be a multiple"):
+    with pytest.raises(ValueError, match=r"times of .*'size': 65.* failed: ValueError: img_size must be a multiple"):
         resolution.run(["linear"], [65], "cpu", lambda line: None)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from linattn.models import VisionTransformer
 from linattn.train import images, recipes, train
 from linattn.train.data import standard_library
 from linattn.train.tasks import TASKS
@@ -57,6 +58,13 @@ def test_an_image_classifier_and_its_student_learn(stripes, tmp_path):
     assert curve(teacher)[-1][2] > 0.9
     config = of_images(stripes, task="distillation", variant="gla", options=dict(shift=0, teacher=str(tmp_path / "teacher"), weight=1.0))
     assert curve(run(config, tmp_path / "student"))[-1][2] > 0.9  # without one label
+
+
+def test_a_hash_is_fitted_before_the_first_evaluation(stripes, tmp_path):
+    small = dict(dim=16, num_layers=1, patch_size=2, registers=8)  # 25 tokens: its anchors
+    result = run(replace(of_images(stripes, variant="ecoformer", overrides=small), steps=1), tmp_path)
+    assert [row["step"] for row in result.rows] == [0, 1]
+    assert VisionTransformer.from_pretrained(result.checkpoint).blocks[0].attention.mixer.feature.fitted
 
 
 @pytest.mark.parametrize("make", [of_images, of_text], ids=["image", "masked"])
