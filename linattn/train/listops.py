@@ -1,12 +1,13 @@
 """The only place that makes ListOps: nested operations on digits, whose value is the label. arXiv:1804.06028; sizes of arXiv:2011.04006."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 DIGITS, END = "0123456789", "]"
-OPERATIONS = {  # of two or more digits, each to a digit
+OPERATIONS: dict[str, Callable[[list[int]], int]] = {  # of two or more digits, each to a digit
     "[MIN": min,
     "[MAX": max,
     "[MED": lambda digits: int(np.median(digits)),  # of an even number: the mean of the middle two, rounded down
@@ -56,7 +57,8 @@ def draw(
             raise ValueError(f"{name} must be at least {least}; got {number}")
     if not 4 <= shortest <= longest:
         raise ValueError(f"lengths must be 4 ≤ shortest ≤ longest; got {lengths}")
-    source, found, idle = random.Random(seed), {}, 0
+    source, idle = random.Random(seed), 0
+    found: dict[tuple[str, ...], int] = {}
     while len(found) < count:
         made = expression(source, max_depth=max_depth, max_args=max_args, longest=longest)
         if made is None or len(made[0]) < shortest or tuple(made[0]) in found:
