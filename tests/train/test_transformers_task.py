@@ -89,6 +89,10 @@ def test_what_it_cannot_do_is_said(text, llama, tmp_path):
         with pytest.raises(ValueError, match=said):
             run(config_of(text, llama, **change), tmp_path / "out")
         assert not (tmp_path / "out").exists()
+    shutil.copytree(llama, tmp_path / "pickled")
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="weights as safetensors: nothing is unpickled"):
+        run(config_of(text, tmp_path / "pickled"), tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -36,7 +36,6 @@ class TransformersTask(DecoderTask):
     """
 
     starts_whole = True  # from weights that are there: ZeRO-3 shares them out when all are loaded
-
     options_kind = TransformersOptions
 
     def __init__(self, config: Config, saved: Path | None):
@@ -62,10 +61,11 @@ class TransformersTask(DecoderTask):
     def create(self) -> nn.Module:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        if (self.folder / "linattn.safetensors").exists():
-            model: Any = self.load(self.folder)
-        elif any(self.folder.glob("*.safetensors")):
-            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        model: Any
+        if any(self.folder.glob("*.safetensors")):
+            model = self.load(self.folder)
+        elif any(self.folder.glob("*.bin")):
+            raise ValueError(f"model {self.folder} must have its weights as safetensors: nothing is unpickled")
         else:
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder), dtype=torch.float32)
         if self.options.swap:
