@@ -46,7 +46,8 @@ def test_relations_maps_and_directions():
 @pytest.mark.slow
 def test_what_a_state_holds():
     found = run("What a state holds: readers found, associations counted")
-    half_life, _, snr = found["figures"]
+    half_life, _, snr, remembered = found["figures"]
+    assert 0.9 < remembered.controls["untrained model"] < remembered.value < 1
     assert half_life.value > 3 * half_life.controls["untrained model"] and snr.value > 2 * snr.controls["untrained model"]
     bilinear = found["found"]
     assert bilinear.score > 0.95 and bilinear.controls["shuffled labels"] < 0.2 and bilinear.controls["untrained model"] > 0.6

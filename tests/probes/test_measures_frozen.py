@@ -140,5 +140,10 @@ def test_what_is_not_known_is_refused():
     with pytest.raises(ValueError, match="must not overwrite"), probes.frozen_coefficients(Overwrites()):
         Overwrites()(x)
     assert all(p.requires_grad and not p.grad for p in model.parameters())
+    for module in (torch.nn.GLU(), torch.nn.Softsign(), torch.nn.Hardtanh(), torch.nn.GELU(), torch.nn.Sequential(torch.nn.LayerNorm(4))):
+        x = torch.randn(4, dtype=torch.float64)
+        with probes.frozen_coefficients(module.double()):
+            J, rest = probes.jacobian(module, x)
+        assert torch.allclose(J @ x, module(x)) and rest.abs().max() < 1e-12
     with probes.frozen_coefficients(torch.nn.ReLU(inplace=True)) as relu:  # x itself is left as it is
         assert relu(2 * x).allclose(2 * x.relu())

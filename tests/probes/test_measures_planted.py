@@ -60,6 +60,7 @@ def test_a_bilinear_probe_of_classes_reads_one_pair_among_others():
     S = torch.einsum("pk,npv->nkv", keys, words[values])
     found = probes.BilinearProbe().fit(S, values[:, 0], against={"other states": S.roll(1, 0)})
     assert found.score == 1 and (found.readers[0] @ keys[0]).abs() > 0.999 and max(found.controls.values()) < 0.35
+    assert probes.BilinearProbe(rank=3).fit(S, values[:, 0], against={"two keys": S[:, :2]}).score == 1  # of which no three are orthonormal
     flat = probes.BilinearProbe(rank=16, ridge=1e-2).fit(S, values[:, 0])
     wide = probes.BilinearProbe(rank=1).fit(S, values[:, 0], controls=())
     assert (

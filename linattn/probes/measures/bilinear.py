@@ -29,7 +29,7 @@ class BilinearProbe:
     from the leading singular vectors of the covariance of S with y on, until the error no longer falls.
 
     rank   1 … K; K is the flat ridge
-    ridge  in units of the mean variance of an entry
+    ridge  in units of the mean variance of an entry; where y leaves the readers open, it is what chooses among them
     held_out, seed   as in `LinearProbe`
 
     Raises ValueError for sizes out of range. A low-rank matrix instead of a vector: after bilinear classifiers, Pirsiavash et al. 2009.
@@ -65,7 +65,8 @@ class BilinearProbe:
         mean, target = S[train].mean(0), Y.mean(0)
         Z, Y = S[train] - mean, Y - target
         scale = Z.square().mean().sqrt().clamp_min(torch.finfo(S.dtype).tiny)
-        Z, (n, K, V), R = Z / scale, Z.shape, self.rank
+        Z, (n, K, V) = Z / scale, Z.shape
+        R = min(self.rank, K)  # of other states than those that were checked
         readers = torch.linalg.svd((Z.flatten(1).mT @ Y).view(K, -1), full_matrices=False).U[:, :R]
         readers = torch.linalg.qr(torch.cat([readers, torch.eye(K, dtype=S.dtype, device=S.device)], 1)).Q[:, :R]  # fewer than R: fill up
         last = torch.inf

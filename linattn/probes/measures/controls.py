@@ -1,4 +1,4 @@
-"""What a figure is held against: the same measure where there is nothing to find. And which rows a fit does not see."""
+"""What a figure is held against, the same measure where there is nothing to find; and what all fits share: which rows they do not see."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,6 +99,13 @@ def split(n: int, held_out: float, groups: Tensor | None, draw: torch.Generator)
     kept = torch.ones(count, dtype=torch.bool)
     kept[torch.randperm(count, generator=draw)[:out]] = False
     return kept[ids].nonzero()[:, 0], (~kept[ids]).nonzero()[:, 0]
+
+
+def least_squares(Z: Tensor, Y: Tensor, ridge: float) -> Tensor:
+    """A of Z A ≈ Y, with `ridge` times the mean of the diagonal of ZᵀZ added to it."""
+    gram = Z.mT @ Z
+    size = gram.diagonal().mean().clamp_min(torch.finfo(Z.dtype).tiny)
+    return torch.linalg.solve(gram + ridge * size * torch.eye(len(gram), dtype=Z.dtype, device=Z.device), Z.mT @ Y)
 
 
 def check_share(held_out: float) -> None:

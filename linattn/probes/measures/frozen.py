@@ -11,12 +11,12 @@ from torch.overrides import TorchFunctionMode
 # Modules whose whole output is a coefficient: what q and k become are weights, the others open gates, by the names that models give them.
 GATES = ("q_proj", "k_proj", "query", "key", "g_proj", "gate_proj", "decay", "second_decay", "router")
 # x · (f(x) / x): the ratio is the coefficient.
-RATIOS = {"abs", "elu", "gelu", "hardswish", "leaky_relu", "mish", "relu", "relu6", "selu", "silu"}
+RATIOS = {"abs", "celu", "elu", "gelu", "hardswish", "hardtanh", "leaky_relu", "mish", "prelu", "relu", "relu6", "selu", "silu", "softsign"}
 # Every other function that is not linear gives a coefficient and nothing else.
 COEFFICIENTS = {
-    "clamp", "clamp_max", "clamp_min", "cos", "cosh", "erf", "exp", "expm1", "log", "log1p", "log_softmax", "logsigmoid", "logsumexp",
-    "norm", "pow", "prod", "rdiv", "reciprocal", "rpow", "rsqrt", "rtruediv", "sigmoid", "sin", "softmax", "softplus", "sqrt", "square",
-    "std", "tan", "tanh", "var", "vector_norm",
+    "atan", "clamp", "clamp_max", "clamp_min", "cos", "cosh", "erf", "exp", "expm1", "hardsigmoid", "log", "log1p", "log_softmax",
+    "logsigmoid", "logsumexp", "norm", "pow", "prod", "rdiv", "reciprocal", "rpow", "rsqrt", "rtruediv", "sigmoid", "sin", "softmax",
+    "softplus", "sqrt", "square", "std", "tan", "tanh", "var", "vector_norm",
 }  # fmt: skip
 PRODUCTS = {"mul", "rmul", "matmul", "rmatmul", "mm", "bmm", "mv", "dot", "outer", "einsum", "linear", "addcmul", "addmm", "baddbmm"}
 
@@ -54,13 +54,18 @@ def _operator(f: Callable, q, k, v, log_decay, beta, *rest):
     return f(still(q), still(k), v, still(log_decay), still(beta), *rest)
 
 
+def _glu(_: Callable, x: Tensor, dim=-1) -> Tensor:
+    value, gate = x.chunk(2, dim)
+    return value * gate.detach().sigmoid()
+
+
 def _divide(f: Callable, x, y, *args, **kwargs):
     return f(x, y.detach() if isinstance(y, Tensor) else y, *args, **kwargs)
 
 
 RULES: dict[str, Callable] = {
     "rms_norm": _rms_norm, "layer_norm": _layer_norm, "normalize": _normalize, "scaled_dot_product_attention": _attention,
-    "div": _divide, "truediv": _divide, "true_divide": _divide,
+    "glu": _glu, "div": _divide, "truediv": _divide, "true_divide": _divide,
 } | dict.fromkeys(RATIOS, _ratio)  # fmt: skip
 
 
@@ -104,11 +109,12 @@ def frozen_coefficients(model: nn.Module, *, gates: Sequence[str] = ()):
     Held still are the statistics of norms, gates, β, decays, q and k (what attends to what, by softmax too), and of activations between two
     linear maps, as gelu's, the ratio f(x) / x. What is left is linear: v, the state, projections, the residual stream. arXiv:2505.24293.
 
-    gates  further modules, fnmatch patterns of the last part of their names, whose output is a coefficient; known are {GATES}
+    gates  further modules than `GATES`, fnmatch patterns of the last part of their names, whose output is a coefficient
 
     Parameters take no gradients inside the block: what has one depends on the input. It works on eager models, ours and foreign ones, and
-    beside a probe. Raises ValueError in the forward for a product of two tensors that both depend on the input, naming the operation: there
-    is no telling which of the two is the coefficient; and for a pattern that matches no module.
+    beside a probe. Raises ValueError for a pattern that matches no module and, in the forward, for a product of two tensors that both
+    depend on the input, naming the operation: there is no telling which of the two is the coefficient. A function that is in none of the
+    tables of this module is taken for linear; where it is not, the rest shows it.
     """
     names = [name for name, _ in model.named_modules()]
     for pattern in gates:
@@ -132,9 +138,6 @@ def frozen_coefficients(model: nn.Module, *, gates: Sequence[str] = ()):
             handle.remove()
         for p in trained:
             p.requires_grad_(True)
-
-
-frozen_coefficients.__doc__ = frozen_coefficients.__doc__.replace("{GATES}", ", ".join(GATES))
 
 
 def jacobian(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:

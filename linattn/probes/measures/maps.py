@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .controls import beside, check_ids, check_share, split
+from .controls import beside, check_ids, check_share, least_squares, split
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,7 +39,7 @@ class LinearMap:
         LinearMap().fit(trace.x.flatten(0, 1), trace.o.flatten(0, 1).flatten(1))        # 1 − R²: what memory adds to the token itself
 
     intercept  b, fitted with A
-    ridge      in units of X's mean variance; 0: plain least squares, by a rank-revealing solver, for n ≥ 10 · a rows
+    ridge      in units of X's mean variance; 0: plain least squares, by the pseudo-inverse, for n ≥ 10 · a rows
     k          of precision@k
     held_out, seed   as in `LinearProbe`
     """
@@ -91,13 +91,8 @@ class LinearMap:
 
     def _solve(self, X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
         mean, target = (X.mean(0), Y.mean(0)) if self.intercept else (X.new_zeros(X.shape[1]), Y.new_zeros(Y.shape[1]))
-        Z = X - mean
-        if self.ridge:
-            gram = Z.mT @ Z
-            eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            A = torch.linalg.solve(gram + self.ridge * gram.diagonal().mean() * eye, Z.mT @ (Y - target))
-        else:
-            A = torch.linalg.pinv(Z) @ (Y - target)
+        Z, Y = X - mean, Y - target
+        A = least_squares(Z, Y, self.ridge) if self.ridge else torch.linalg.pinv(Z) @ Y
         return A, target - mean @ A
 
     def _score(self, guess: Tensor, Y: Tensor, mean: Tensor, decode) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .controls import LABELS, beside, check_ids, check_share, relabelled, split
+from .controls import LABELS, beside, check_ids, check_share, least_squares, relabelled, split
 from .fitted import LinearProbe
 
 
@@ -26,12 +26,7 @@ class OnionResult:
 
     def peel(self, X: Tensor) -> Tensor:
         """[n L] classes of X [n d]: the nearest code of the loudest position, which is subtracted, then the next, and so on."""
-        left, found = X.to(self.codes) - self.bias, torch.empty(len(X), len(self.scales), dtype=torch.int64, device=X.device)
-        for i in self.scales.abs().argsort(descending=True).tolist():
-            layer = self.scales[i] * self.codes
-            found[:, i] = (left @ layer.mT - layer.square().sum(-1) / 2).argmax(-1)
-            left = left - layer[found[:, i]]
-        return self.classes[found]
+        return self.classes[_peel(X.to(self.codes), self.scales, self.codes, self.bias)]
 
     def __repr__(self) -> str:
         controls = beside({name: f"{value:.3f}" for name, value in self.controls.items()})
@@ -82,15 +77,14 @@ class OnionProbe:
             raise ValueError(f"X must have more rows than {y.shape[1]} positions of {len(classes)} classes; {len(train)} are left to fit")
 
         def peeled(y):
-            scales, codes, bias = self._map(X[train], y[train], len(classes))
-            found = OnionResult(X, X, {}, 0.0, len(test), scales, codes, bias, torch.arange(len(classes), device=X.device))
-            return (found.peel(X[test]) == y[test]).double().mean(0), scales, codes, bias
+            onion = self._map(X[train], y[train], len(classes))
+            return (_peel(X[test], *onion) == y[test]).double().mean(0), onion
 
-        score, scales, codes, bias = peeled(y)
+        score, onion = peeled(y)
         linear = torch.stack([self._linear(X, column, len(classes), train, test) for column in y.unbind(1)])
         others = {name: peeled(relabelled(name, y, None, draw))[0].mean().item() for name in controls}
         chance = (y[test] == y[train].mode(0).values).double().mean().item()
-        return OnionResult(score, linear, others, chance, len(test), scales, codes, bias, classes)
+        return OnionResult(score, linear, others, chance, len(test), *onion, classes)
 
     def _linear(self, X, y, count, train, test) -> Tensor:
         found = LinearProbe(ridge=1e-4).map(X, y, torch.arange(count), train)
@@ -100,20 +94,25 @@ class OnionProbe:
         mean = X.mean(0)
         hot = torch.nn.functional.one_hot(y, count).to(X)  # [n L c]
         hot = hot - hot.mean(0)
-        each = self._solve(hot.flatten(1), X - mean).view(*hot.shape[1:], -1)  # [L c d]
+        each = least_squares(hot.flatten(1), X - mean, self.ridge).view(*hot.shape[1:], -1)  # [L c d]
         U, s, Vh = torch.linalg.svd(each.flatten(1), full_matrices=False)
         scales, codes = U[:, 0], (s[0] * Vh[0]).view(count, -1)
         for _ in range(self.sweeps):
             scales = scales / scales[scales.abs().argmax()]
-            codes = self._solve(torch.einsum("nlc,l->nc", hot, scales), X - mean)
+            codes = least_squares(torch.einsum("nlc,l->nc", hot, scales), X - mean, self.ridge)
             layers = torch.einsum("nlc,cd->lnd", hot, codes).flatten(1)
-            scales = self._solve(layers.mT, (X - mean).flatten()[:, None])[:, 0]
+            scales = least_squares(layers.mT, (X - mean).flatten()[:, None], self.ridge)[:, 0]
         top = scales[scales.abs().argmax()]
         scales, codes = scales / top, codes * top
         shares = torch.nn.functional.one_hot(y, count).to(X).mean(0)  # [L c]
         return scales, codes, mean - torch.einsum("l,lc,cd->d", scales, shares, codes)
 
-    def _solve(self, Z: Tensor, Y: Tensor) -> Tensor:
-        gram = Z.mT @ Z
-        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        return torch.linalg.solve(gram + self.ridge * gram.diagonal().mean() * eye, Z.mT @ Y)
+
+def _peel(X: Tensor, scales: Tensor, codes: Tensor, bias: Tensor) -> Tensor:
+    """[n L] rows of `codes`."""
+    left, found = X - bias, torch.empty(len(X), len(scales), dtype=torch.int64, device=X.device)
+    for i in scales.abs().argsort(descending=True).tolist():
+        layer = scales[i] * codes
+        found[:, i] = (left @ layer.mT - layer.square().sum(-1) / 2).argmax(-1)
+        left = left - layer[found[:, i]]
+    return found

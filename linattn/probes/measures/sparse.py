@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ class SparseCode:
     mean: Tensor  # [d]
     scale: float  # root of the mean square of x − mean, which rows are divided by
     k: tuple[int, int]
-    complexity: ProbeResult | None = field(default=None)  # what AdaptiveK asks for each row's number of atoms
+    complexity: ProbeResult | None  # what AdaptiveK asks for each row's number of atoms
 
     def counts(self, X: Tensor) -> Tensor:
         """[n]: atoms that each row of X may use."""
@@ -62,7 +62,7 @@ class SparseAutoencoder:
         found = SparseAutoencoder(atoms=512, k=8).fit(trace.u[:, :, head].flatten(0, 1))
         print(found)  # explained 0.83 by 8.0 of 512 atoms a row, 4% of them dead (controls: shuffled columns explained 0.41, …)
 
-    Of whole writes, (k[..., :, None] * u[..., None, :]).flatten(-2), an atom is a [K V] matrix that `edit` may take out of a state.
+    Of whole writes, (k[..., :, None] * u[..., None, :]).flatten(-2), an atom is a [K V] matrix, of the shape of a state.
 
     atoms  in the dictionary; None: 8 · d
     k      atoms a row may use. A pair (low, high) is AdaptiveK, arXiv:2508.17320: low + (high − low) · σ(6 (c − ½)) with c ∈ [0, 1] what a
@@ -130,18 +130,19 @@ class SparseAutoencoder:
             else:
                 mixed = torch.stack([column[torch.randperm(len(X), generator=draw)] for column in X.unbind(1)], 1)
                 others[name] = self._score(mixed, train, test, probe, draw).explained
-        found.controls.update(others)
-        return found
+        return replace(found, controls=others)
 
     def _score(self, X: Tensor, train: Tensor, test: Tensor, probe: ProbeResult | None, draw: torch.Generator) -> SparseCode:
         code = self._map(X[train], probe, draw)
-        z = code.encode(X[test])
-        used = z > 0
-        explained, active = _explained(X[test], code.decode(z)), used.sum(1).double().mean().item()
-        everywhere = used.any(0) | (code.encode(X[train]) > 0).any(0)
-        dead = 1 - everywhere.double().mean().item()
-        return SparseCode(explained, active, dead, {}, len(test), *(getattr(code, name) for name in
-                          ("encoder", "threshold", "atoms", "mean", "scale", "k", "complexity")))  # fmt: skip
+        used = torch.zeros(len(code.atoms), dtype=torch.bool, device=X.device)
+        for rows in train.split(4096):
+            used |= (code.encode(X[rows]) > 0).any(0)
+        guess, active = torch.empty_like(X[test]), 0
+        for place, rows in zip(torch.arange(len(test)).split(4096), test.split(4096)):
+            z = code.encode(X[rows])
+            guess[place], active, used = code.decode(z), active + int((z > 0).sum()), used | (z > 0).any(0)
+        dead = 1 - used.double().mean().item()
+        return replace(code, explained=_explained(X[test], guess), active=active / len(test), dead=dead, held_out=len(test))
 
     def _map(self, X: Tensor, probe: ProbeResult | None, draw: torch.Generator) -> SparseCode:
         n, d = X.shape
