@@ -55,7 +55,7 @@ $(READY): pyproject.toml setup.py
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PY) -c 'import torch' 2>/dev/null || $(MAKE) --no-print-directory torch
 	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
-	$(PIP) --quiet -c $(VENV)/constraints.txt -e ".[bench,deepspeed,dev,hf,probe,triton,vision]"
+	$(PIP) --quiet -c $(VENV)/constraints.txt -e ".[bench,deepspeed,dev,hf,probe,train,triton,vision]"
 	@touch $@
 
 .PHONY: torch
