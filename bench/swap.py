@@ -254,28 +254,38 @@ def _against(part: str, value: float, teacher: float) -> str:
 def draw(record: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    figure = Figure(figsize=(16, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 4)
+    axes = figure.subplots(1, 5)
     for place, part in zip(axes, ("text", "images")):
         if part in record:
             teacher, *rows = record[part]["rows"]
+            stages = [stage for stage in STAGES if any(row["stage"] == stage for row in rows)]
             for student in dict.fromkeys(row["student"] for row in rows):
                 own = [row for row in rows if row["student"] == student]
-                place.plot([STAGES.index(row["stage"]) for row in own], [row["value"] for row in own], marker="o", label=student)
-            place.set_xticks(range(len(STAGES)), STAGES)
+                place.plot([stages.index(row["stage"]) for row in own], [row["value"] for row in own], marker="o", label=student)
+            place.set_xticks(range(len(stages)), stages)
             place.axhline(teacher["value"], color="0.4", linestyle="--", label="teacher")
             place.set(title=f"{part}: {record[part]['metric']}")
             place.legend(frameon=False, fontsize=8)
-    for place, (field, title, factor) in zip(
-        axes[2:], (("decode_tokens_per_s", "generation after T tokens, tokens/s", 1), ("cache_bytes", "kept while generating, MB", 1e-6))
-    ):
+    curves = (
+        ("prefill_tokens_per_s", "forward of T tokens, tokens/s", 1), ("decode_tokens_per_s", "generation after T tokens, tokens/s", 1),
+        ("cache_bytes", "kept while generating, MB", 1e-6),
+    )  # fmt: skip
+    plain = FuncFormatter(lambda value, _: f"{value:,g}")
+    for place, (field, title, factor) in zip(axes[2:], curves):
         rows = record.get("cost", {}).get("rows", [])
         for name in dict.fromkeys(row["attention"] for row in rows):
             own = [row for row in rows if row["attention"] == name]
             place.plot([row["T"] for row in own], [row[field] * factor for row in own], marker="o", label=name)
         place.set(xscale="log", yscale="log", xlabel="T", title=title)
+        place.set_xticks(LENGTHS, [f"{T // 1024}k" for T in LENGTHS])
+        place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        place.yaxis.set_major_formatter(plain)
+        for axis in (place.xaxis, place.yaxis):
+            axis.set_minor_formatter(NullFormatter())
         if rows:
             place.legend(frameon=False, fontsize=8)
     for place in axes:
