@@ -17,6 +17,7 @@ EXTRAS = {  # extra: the package of it that one can do nothing without
     "hf": "transformers",
     "vision": "mlxtend",
     "deepspeed": "deepspeed",
+    "train": "pyarrow",
     "probe": "concept-erasure",
     "bench": "matplotlib",
     "dev": "pytest",

@@ -160,7 +160,7 @@ def test_project_file():
     project, extras = toml["project"], toml["project"]["optional-dependencies"]
     assert not any("torch" in name for name in toml["build-system"]["requires"])  # it would bring gigabytes of CUDA into every build
     assert {re.split(r"[\[><=]", name)[0] for name in project["dependencies"]} == {"torch", "einops", "safetensors", "typer", "rich"}
-    assert set(extras) == {"triton", "fla", "hf", "vision", "deepspeed", "probe", "bench", "dev"} == set(info.EXTRAS)
+    assert set(extras) == {"triton", "fla", "hf", "vision", "deepspeed", "train", "probe", "bench", "dev"} == set(info.EXTRAS)
     assert all(any(name.startswith(package) for name in extras[extra]) for extra, package in info.EXTRAS.items())
     assert project["version"] == linattn.__version__
 
