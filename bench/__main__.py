@@ -68,6 +68,21 @@ def cpu(
 
 
 @app.command()
+def probes(out: Annotated[Path, typer.Option(help="Folder of the record.", show_default="bench/results")] = records.RESULTS) -> None:
+    """Probes beside TransformerLens on one gated-delta model: exactness, who follows a transplanted state, time and memory.
+
+    Needs transformer-lens 4.3 in an environment of its own; about two minutes.
+    """
+    from .probes import run
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        print(f"written: {run(out)}")
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+@app.command()
 def kernels(
     arch: Annotated[
         list[str] | None, typer.Option(help="Only this architecture; repeat for more.", show_default="all in the tiles table")

@@ -77,6 +77,7 @@ class Mixer(nn.Module):
         self.second_decay = v.decay(place._replace(key_dim=self.key_dim)) if curves == 2 else None
         self.b_proj = Linear(place.dim, place.heads) if v.delta else None
         self.probe: Callable | None = None  # stands in for `operate`, which it is given first; set by `linattn.probe`
+        self.second_probe: Callable | None = None  # the same, along the second curve
 
     def extra_repr(self) -> str:
         both = f", causal=False, gating={self.gating!r}, curves={self.curves}, prefix={self.prefix}"
@@ -118,8 +119,8 @@ class Mixer(nn.Module):
         beta = None if self.b_proj is None else self.b_proj(x).to(gate_dtype(x)).sigmoid()
         if write is not None:
             v, beta = (v * write[..., None].to(v.dtype), None) if beta is None else (v, beta * write)
-        if self.probe is not None and (self.second_decay is not None or shard is not None):
-            raise ValueError("a layer of two curves, or of a sequence in several processes, cannot be probed")
+        if self.probe is not None and shard is not None:
+            raise ValueError("a layer of a sequence in several processes cannot be probed")
         if self.second_decay is not None:
             return self._along_both(x, q, k, v, beta, cu_seqlens, mask, _two(curves, x.shape[1])), None
         how = dict(normalize=self.variant.normalize, scale=self.variant.scale, offset=self.variant.offset, backend=self.backend)
@@ -153,16 +154,25 @@ class Mixer(nn.Module):
         k, v, log_decay = zip(*sides, strict=True)
         if normal:
             v = tuple(F.pad(t, (0, 1), value=1.0) for t in v)  # a value of 1 sums up to the denominator
-
-        def lay(pair):
-            along = [t if t.ndim == 1 else t[:, order] for t, order in zip(pair, curves, strict=True)]
-            return torch.cat(along, min(pair[0].ndim - 1, 2))
-
-        o, _ = linear_attention(
-            lay((q, q)), lay(k), lay(v), lay(log_decay), None if beta is None else lay((beta, beta)), causal=False, gating=self.gating,
-            scale=variant.scale, offset=variant.offset, cu_seqlens=cu_seqlens, backend=self.backend,
-        )  # fmt: skip
-        first, second = (half[:, order.argsort()] for half, order in zip(o.chunk(2, 2), curves, strict=True))
+        how: dict[str, Any] = dict(
+            causal=False, gating=self.gating, normalize=False, scale=variant.scale, offset=variant.offset, backend=self.backend
+        )
+        pick = lambda t, order: t if t is None or t.ndim == 1 else t[:, order]
+        along = [[pick(t, order) for t in (q, *side, beta)] for side, order in zip(zip(k, v, log_decay), curves, strict=True)]
+        if self.probe is None and self.second_probe is None:
+            lay = lambda pair: None if pair[0] is None else torch.cat(pair, min(pair[0].ndim - 1, 2))
+            halves = operate(*map(lay, zip(*along, strict=True)), None, cu_seqlens, **how)[0].chunk(2, 2)
+        else:  # each curve is a walk of its own, which can be seen and edited
+            halves = []
+            for probe, tensors, order in zip((self.probe, self.second_probe), along, curves, strict=True):
+                if probe is None:
+                    o, _ = operate(*tensors, None, cu_seqlens, **how)
+                else:
+                    o, _ = probe(
+                        operate, x[:, order], *tensors, None, cu_seqlens, pick(mask, order), return_state=False, how=how, order=order
+                    )
+                halves.append(o)
+        first, second = (half[:, order.argsort()] for half, order in zip(halves, curves, strict=True))
         o = (first + second) / 2
         if not normal:
             return o

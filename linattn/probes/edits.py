@@ -25,12 +25,22 @@ class Change:
         self.last_seen = {t - 1 for t in self.positions} if direction == "right" else self.positions
         self.heads = heads
         self.protect: Tensor | None = None
-        self.leak: float | None = None
-        self.moved: float | None = None
+        self._moved: Tensor | None = None
+        self._leak: Tensor | None = None
         self.fired: set[int] = set()
 
+    @property
+    def moved(self) -> float | None:
+        return None if self._moved is None else float(self._moved)
+
+    @property
+    def leak(self) -> float | None:
+        return None if self._leak is None else float(self._leak)
+
     def __repr__(self) -> str:
-        found = "not fired" if not self.fired else f"moved {self.moved:.3g}" + ("" if self.leak is None else f", leak {self.leak:.2g}")
+        found = (
+            "not fired" if self._moved is None else f"moved {self.moved:.3g}" + ("" if self._leak is None else f", leak {self.leak:.2g}")
+        )
         return f"{self.kind} of {self.layer!r} at {self.at}: {found}"
 
     def apply(self, state: State, at: int, cu_seqlens: Tensor | None) -> State:
@@ -62,15 +72,14 @@ class Change:
         return torch.tensor(self.at, device=kv.device) == at
 
     def _measure(self, kv: Tensor, changed: Tensor, chosen: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            return
+        """In tensors of fixed shapes, and read later: torch.compile and a GPU need not wait for the figures."""
         with torch.no_grad():
-            a, b = kv[chosen], changed[chosen]
-            self.moved = ((b - a).norm() / a.norm().clamp_min(1e-30)).item()
+            a, moved = kv * chosen[..., None, None], changed - kv
+            self._moved = moved.norm() / a.norm().clamp_min(1e-30)
             if self.protect is not None:
-                P = to_state_heads(self.protect, kv)[chosen]
-                was, now = P @ a, P @ b
-                self.leak = ((now - was).norm(dim=-1) / was.norm(dim=-1).clamp_min(1e-30)).max().item()
+                P = to_state_heads(self.protect, kv)
+                lost = (P @ moved).norm(dim=-1) / (P @ kv).norm(dim=-1).clamp_min(1e-30)
+                self._leak = (lost * chosen[..., None]).max()
 
 
 class Knockout:
@@ -130,7 +139,7 @@ def duals(erase: Tensor, protect: Tensor | None, ridge: float) -> Tensor:
     if not ridge:
         return torch.linalg.pinv(R)[..., : erase.shape[-2]]
     gram = R @ R.mT
-    size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    size = R.square().sum(-1).mean(-1)[..., None, None]
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return (R.mT @ torch.linalg.inv(gram + ridge * size * eye))[..., : erase.shape[-2]]
 

@@ -41,6 +41,7 @@ class Piece(NamedTuple):
     u: Tensor | None = None
     o: Tensor | None = None
     x: Tensor | None = None
+    order: Tensor | None = None  # [T]: which tokens these are, where the layer walks them along a curve; None: as they come
 
 
 class Plan:
@@ -91,7 +92,7 @@ class Plan:
     def store(self, piece: Piece) -> Piece:
         """The fields that stay, of the heads that were asked for, where and as they were asked for."""
         kept: dict[str, Any] = {}
-        for name in Piece._fields[5:]:
+        for name in Piece._fields[5:-1]:
             value = getattr(piece, name)
             if value is None or name not in self.fields:
                 kept[name] = None
@@ -103,6 +104,7 @@ class Plan:
         return piece._replace(
             cu_seqlens=None if piece.cu_seqlens is None else self.put(piece.cu_seqlens, copy=True),
             mask=None if piece.mask is None else self.put(piece.mask, copy=True),
+            order=None if piece.order is None else self.put(piece.order, copy=True),
             before=self._state(piece.before) if piece.before is not None and replays else None,
             **kept,
         )
@@ -153,6 +155,8 @@ class Shape(NamedTuple):
     packed: bool
     directions: int
     item: int  # bytes of a number of q
+    channels: int = 0  # of the short convolution beside it
+    past: int = 0  # inputs it keeps of each
 
 
 def needed(plan: Plan, s: Shape) -> dict[str, int]:
@@ -163,9 +167,11 @@ def needed(plan: Plan, s: Shape) -> dict[str, int]:
     state = s.directions * h * (s.K * s.V + s.normal * s.K) * acc
     rows = s.T // plan.stride + s.sequences if s.packed else s.B * -(-s.T // plan.stride)
     found = {
-        "final": s.sequences * state, "boundaries": rows * state, "q": tokens * g * s.K * item, "k": tokens * h * s.K * item,
+        "final": s.sequences * (state + s.channels * s.past * item),
+        "boundaries": rows * state, "q": tokens * g * s.K * item, "k": tokens * h * s.K * item,
         "v": tokens * h * s.V * item, "log_decay": tokens * h * s.decay * acc, "beta": tokens * h * s.delta * acc,
         "u": s.directions * tokens * h * s.V * acc, "o": tokens * g * s.V * item, "x": tokens * s.dim * item,
+        "conv": tokens * s.channels * item,
     }  # fmt: skip
     return {name: size for name, size in found.items() if name in plan.fields}
 

@@ -10,13 +10,16 @@ from torch import nn
 class Point(NamedTuple):
     mixer: Any  # a Mixer
     conv: Any  # a ShortConvolution, or None
+    layer: Any  # the module that holds both; None: the mixer is the model
+    slot: str = "probe"  # the mixer's attribute that is called instead of the operator
 
 
 def points(model: nn.Module) -> dict[str, Point]:
     """Name → what can be probed, in the order of `named_modules`. A mixer that serves at two places has the first one's name.
 
     A mixer is known by its attribute `probe`, its convolution by `conv_probe` in the module that holds both; it is that of the first mixer
-    there. The mixer `routed` of Sparse State Expansion sees packed sequences, one for each sequence and partition.
+    there. The mixer `routed` of Sparse State Expansion sees packed sequences, one for each sequence and partition. A mixer of two curves
+    is two points: its name is of the first, the other one's ends in ".second".
     """
     modules = dict(model.named_modules())
     found = {}
@@ -26,7 +29,9 @@ def points(model: nn.Module) -> dict[str, Point]:
         holder = modules.get(name.rpartition(".")[0]) if name else None
         convs = [child for child in holder.children() if "conv_probe" in vars(child)] if holder is not None else []
         taken = [point.conv for point in found.values()]
-        found[name or "mixer"] = Point(module, convs[0] if convs and convs[0] not in taken else None)
+        found[name or "mixer"] = Point(module, convs[0] if convs and convs[0] not in taken else None, holder)
+        if getattr(module, "second_decay", None) is not None:
+            found[f"{name or 'mixer'}.second"] = Point(module, None, holder, "second_probe")
     if not found:
         raise ValueError(f"model has no linear attention to probe: {type(model).__name__} holds no Mixer")
     return found

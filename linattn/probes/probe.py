@@ -1,6 +1,7 @@
 """`linattn.probe`: the block inside which a model is seen and edited."""
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from ..ops import State
 from .edits import Change, Knockout, written
 from .plan import Plan, Shape, needed, size_text
-from .points import match, points
+from .points import Point, match, points
 from .storage import Traces
 from .tap import ConvChange, ConvTap, Tap
 from .trace import Direction, Snapshot, Trace
@@ -67,7 +68,8 @@ class probe(Traces):
         self.plan = Plan(keep, every, heads, dtype, device, detach, budget, needs)
         self.model = model
         self.points = {name: here[name] for name in names}
-        self.taps = {name: Tap(name, self.plan, tuple(reduce), len(names)) for name in names}
+        width = lambda conv: (0, 0) if conv is None else (conv.dim, conv.width - 1)
+        self.taps = {name: Tap(name, self.plan, tuple(reduce), len(names), width(point.conv)) for name, point in self.points.items()}
         self.convs = {name: ConvTap(self.plan) for name, point in self.points.items() if point.conv is not None}
         self.changes: list[Change] = []
         self.knockouts: list[Knockout] = []
@@ -75,19 +77,19 @@ class probe(Traces):
 
     def __enter__(self) -> "probe":
         for name, point in self.points.items():
-            if point.mixer.probe is not None or (point.conv is not None and point.conv.conv_probe is not None):
+            if getattr(point.mixer, point.slot) is not None or (point.conv is not None and point.conv.conv_probe is not None):
                 raise ValueError(f"model is being probed already, at {name!r}: leave that block first")
         first = next(self.model.parameters(), None)
         self.plan.start(torch.device("cpu") if first is None else first.device)
         for name, point in self.points.items():
-            point.mixer.probe = self.taps[name]
+            setattr(point.mixer, point.slot, self.taps[name])
             if point.conv is not None:
                 point.conv.conv_probe = self.convs[name]
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
         for point in self.points.values():
-            point.mixer.probe = None
+            setattr(point.mixer, point.slot, None)
             if point.conv is not None:
                 point.conv.conv_probe = None
         if self.plan.pinned:
@@ -128,9 +130,8 @@ class probe(Traces):
         around it (as wide as keys where it does not say).
         """
         total: dict[str, int] = {}
-        modules = dict(self.model.named_modules())
         for name, tap in self.taps.items():
-            shape = tap.shape or _expected(self.points[name].mixer, modules.get(name.rpartition(".")[0]))
+            shape = tap.shape or _expected(self.points[name], tap.conv)
             shape = shape._replace(B=batch, T=length, sequences=batch, packed=False)
             for field, size in needed(self.plan, shape).items():
                 total[field] = total.get(field, 0) + size
@@ -244,17 +245,21 @@ def _patched(source: State, name: str) -> Callable[[State], State]:
     return fn
 
 
-def _expected(mixer: Any, layer: Any) -> Shape:
+def _expected(point: Point, conv: tuple[int, int]) -> Shape:
     """The shape of a mixer's calls, by what the modules say of themselves."""
+    mixer, layer = point.mixer, point.layer
     heads, K = mixer.place.heads, mixer.key_dim
     V = getattr(layer, "value_dim", None) or mixer.place.key_dim
     HQ = getattr(layer, "num_heads", None) or heads
     variant = mixer.variant
-    weight = next(mixer.parameters(), next(layer.parameters()) if layer is not None else torch.empty(0))
+    weight = next(chain(mixer.parameters(), () if layer is None else layer.parameters()), torch.empty(0))
     x = torch.zeros(1, 1, mixer.place.dim, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         log_decay = mixer.decay(x)[0]
     decay = 0 if log_decay is None or log_decay.ndim == 1 else 1 if log_decay.ndim == 3 else K
     K += bool(variant.offset)
-    return Shape(1, 1, HQ, heads, K, V, mixer.place.dim, decay, variant.delta, bool(variant.normalize), 1, False, 1 if mixer.causal else 2,
-                 weight.dtype.itemsize)  # fmt: skip
+    normal = bool(variant.normalize)
+    if normal and mixer.curves == 2:  # both curves share one denominator, which is one value channel more
+        normal, V = False, V + 1
+    return Shape(1, 1, HQ, heads, K, V, mixer.place.dim, decay, variant.delta, normal, 1, False, 1 if mixer.causal else 2,
+                 weight.dtype.itemsize, *conv)  # fmt: skip

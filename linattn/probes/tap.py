@@ -29,8 +29,9 @@ def ends(positions: set[int], start: int, total: int) -> list[int]:
 class Tap:
     """Stands in for the operator of one mixer. `plan` says what to keep, `changes` and `knockouts` what to do."""
 
-    def __init__(self, name: str, plan: Plan, reducers: tuple, layers: int):
+    def __init__(self, name: str, plan: Plan, reducers: tuple, layers: int, conv: tuple[int, int] = (0, 0)):
         self.name, self.plan, self.reducers, self.layers = name, plan, reducers, layers
+        self.conv = conv  # channels and past of the short convolution beside it
         self.changes: list[Change] = []
         self.knockouts: list[Knockout] = []
         self.pieces: list[Piece] = []
@@ -40,12 +41,16 @@ class Tap:
         self.longest = 0
 
     def __call__(
-        self, operate: Callable, x, q, k, v, log_decay, beta, state, cu_seqlens, mask, *, return_state: bool, how: dict[str, Any]
-    ) -> tuple[Tensor, State | None]:
+        self, operate: Callable, x, q, k, v, log_decay, beta, state, cu_seqlens, mask, *, return_state: bool, how: dict[str, Any],
+        order: Tensor | None = None,
+    ) -> tuple[Tensor, State | None]:  # fmt: skip
+        """What `operate` gives for the tensors. order [T]: of which tokens they are, where the layer walks them along a curve."""
         again, total = recomputing(), q.shape[1]
         start = 0 if state is None else self.seen
         if again and state is not None and (self.changes or self.knockouts):
             raise ValueError("an edit of a sequence that goes on from a state cannot be made again where activations are recomputed")
+        if not how["causal"] and (return_state or state is not None):
+            raise ValueError(f"segment must be None while {self.name!r} is probed: a trace is of whole sequences seen from both sides")
         for knockout in self.knockouts:
             if knockout.what == "write" and how["offset"]:
                 raise ValueError(f"what must be 'read' in {self.name!r}: with an offset a token writes a constant as well; got 'write'")
@@ -54,7 +59,7 @@ class Tap:
         tensors, cuts = (q, k, v, log_decay, beta), ends({t for change in self.changes for t in change.last_seen}, start, total)
         keeps = not again and (self.plan.fields or self.reducers)
         if keeps:
-            self.shape = shape_of(tensors, x, cu_seqlens, how)
+            self.shape = shape_of(tensors, x, cu_seqlens, how, self.conv)
             self.plan.check_room(self.name, self.layers, needed(self.plan, self.shape), state is None)
         if not any(start <= t < start + total for change in self.changes for t in change.positions):
             o, last, parts = self._whole(operate, tensors, state, cu_seqlens, return_state, how)
@@ -68,7 +73,7 @@ class Tap:
             if state is None:
                 self.pieces.clear()
             for part in parts:
-                self._keep(part, tensors, o, x, mask, cu_seqlens, start)
+                self._keep(part, tensors, o, x, mask, order, cu_seqlens, start)
         return o, last if return_state or state is not None else None
 
     def _check_directions(self, causal: bool) -> None:
@@ -92,9 +97,16 @@ class Tap:
         return o, (a, b, state, final, found.boundaries, found.writes)
 
     def _whole(self, operate, tensors, state, cu_seqlens, return_state, how):
+        """The outputs are those of the call that is made without a probe: a backend may add up in another order where it records."""
         wanted = return_state or state is not None or self.plan.state_wanted
-        o, part = self._call(operate, tensors, state, cu_seqlens, 0, tensors[0].shape[1], wanted, how)
-        return o, part[3], [part]
+        total = tensors[0].shape[1]
+        if not self.plan.record or recomputing():
+            o, part = self._call(operate, tensors, state, cu_seqlens, 0, total, wanted, how)
+            return o, part[3], [part]
+        o, last = operate(*tensors, state, cu_seqlens, return_state=return_state, **how)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.plan.detach):
+            _, part = self._call(operate, tensors, state, cu_seqlens, 0, total, wanted, how)
+        return o, last, [part]
 
     def _causal(self, operate, tensors, state, cu_seqlens, cuts, start, how):
         outs, parts = [], []
@@ -129,12 +141,13 @@ class Tap:
                 state = change.apply(state, at, cu_seqlens)
         return state
 
-    def _keep(self, part, tensors, o, x, mask, cu_seqlens, start) -> None:
+    def _keep(self, part, tensors, o, x, mask, order, cu_seqlens, start) -> None:
         a, b, before, final, boundaries, u = part
+        order = None if order is None else order[a:b]
         q, k, v, log_decay, beta, o, x, mask = (t if t is None or t.ndim == 1 else t[:, a:b] for t in (*tensors, o, x, mask))
         if u is None and "writes" in self.plan.record:
             u = single_write(k, v, log_decay, beta, before)
-        piece = Piece(start + a, b - a, cut(cu_seqlens, a, b), mask, before, final, boundaries, q, k, v, log_decay, beta, u, o, x)
+        piece = Piece(start + a, b - a, cut(cu_seqlens, a, b), mask, before, final, boundaries, q, k, v, log_decay, beta, u, o, x, order)
         for reducer in self.reducers:
             reducer.update(self.name, piece, self.how)
         if self.plan.fields:
@@ -214,7 +227,7 @@ def single_write(k, v, log_decay, beta, before: State) -> Tensor:
     return beta[..., None] * (v - torch.einsum("bhkv,bthk->bthv", A, k.to(A.dtype)))
 
 
-def shape_of(tensors, x, cu_seqlens, how) -> Shape:
+def shape_of(tensors, x, cu_seqlens, how, conv) -> Shape:
     q, k, v, log_decay, beta = tensors
     B, T, H, K = k.shape
     decay = 0 if log_decay is None or log_decay.ndim == 1 else 1 if log_decay.ndim == 3 else K
@@ -222,5 +235,5 @@ def shape_of(tensors, x, cu_seqlens, how) -> Shape:
     sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
     return Shape(
         B, T, q.shape[2], H, K, v.shape[3], x.shape[-1], decay, beta is not None, bool(how["normalize"]), sequences,
-        cu_seqlens is not None, 1 if how["causal"] else 2, q.dtype.itemsize,
+        cu_seqlens is not None, 1 if how["causal"] else 2, q.dtype.itemsize, *conv,
     )  # fmt: skip

@@ -68,6 +68,12 @@ class Trace:
     x = cached_property(lambda self: self._tokens("x"))
     mask = cached_property(lambda self: self._tokens("mask"))
 
+    @property
+    def order(self) -> Tensor | None:
+        """[T]: which token is at each position, where the layer walks them along a curve; None: as they come."""
+        found = [piece.order for piece in self.pieces if piece.order is not None]
+        return torch.cat(found) if found else None
+
     def need(self, *names: str, hint: str) -> None:
         """ValueError unless every field is there."""
         if missing := [name for name in names if self._tokens(name) is None]:
@@ -247,8 +253,8 @@ class Trace:
         z = None
         if self.how["normalize"]:
             here = self.carry(at, direction).z
-            if cu is not None:
-                raise ValueError("readers of a normalised layer need sequences that are not packed: probe them one by one")
+            if cu is not None:  # those of the other sequences are not read
+                here = here.new_zeros(len(cu) - 1, *here.shape[1:]).index_copy(0, torch.tensor([sequence_of(cu, a)]).to(cu.device), here)
             z = here if self.causal else torch.stack([torch.zeros_like(here), here] if i else [here, torch.zeros_like(here)])
         elif (direction is None) != self.causal:
             self.carry(at, direction)  # says what is wrong

@@ -367,7 +367,10 @@ def test_the_estimate_is_what_is_kept(decoder, tokens):
         kept = dict.fromkeys(before, 0)
         for name in p:
             piece = p[name].pieces[0]
-            for field in before:
+            conv = p[name]._conv or {"inputs": None, "final": None}
+            kept["conv"] += 0 if conv["inputs"] is None else conv["inputs"].nbytes
+            kept["final"] += 0 if conv["final"] is None else conv["final"].nbytes
+            for field in before.keys() - {"conv"}:
                 value = getattr(piece, field)
                 if value is not None and not (field == "log_decay" and value.ndim == 1):
                     kept[field] += sum(t.nbytes for t in (value if isinstance(value, tuple) else [value]) if t is not None)
