@@ -75,7 +75,8 @@ def host(heads: int = 1, width: int = 32) -> Any:
     torch.manual_seed(0)
     sizes: dict[str, Any] = dict(
         vocab_size=2 * WORDS + 1, hidden_size=2 * width * heads, intermediate_size=16, num_hidden_layers=1,
-        layer_types=["linear_attention"], num_attention_heads=2, num_key_value_heads=1, head_dim=16, linear_num_key_heads=heads, linear_num_value_heads=heads,
+        layer_types=["linear_attention"], num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        linear_num_key_heads=heads, linear_num_value_heads=heads,
         linear_key_head_dim=width, linear_value_head_dim=width, use_cache=False,
     )  # fmt: skip
     return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**sizes)).eval()

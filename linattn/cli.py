@@ -244,49 +244,44 @@ def export(
 
 
 @app.command("probe")
-def probe_text(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a saved decoder, a run, or one of its checkpoints.")],
-    text: Annotated[str, typer.Option(help="What the model reads.")],
+def probe_input(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of a saved decoder, encoder or vision transformer, a run, or one of its checkpoints.")
+    ],
+    text: Annotated[str | None, typer.Option(help="What a decoder or an encoder reads.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture that a vision transformer sees.")] = None,
     out: Annotated[Path, typer.Option(help="HTML file to write; one that is there is replaced.")] = Path("report.html"),
-    at: Annotated[int | None, typer.Option(help="Token whose state and attention are drawn.", show_default="the last")] = None,
+    at: Annotated[
+        int | None,
+        typer.Option(
+            help="Token whose state and attention are drawn.", show_default="the last; of an image its first, or the middle patch"
+        ),
+    ] = None,
     threads: Threads = 0,
     device: Device = "auto",
     backend: Backend = "auto",
 ) -> None:
-    """Write what every layer remembers of a text, as one HTML page with the figures in it: half-lives, ranks, states, attention."""
+    """Write what every layer remembers of a text or an image, as one HTML page with its figures: half-lives, ranks, states, attention."""
     import torch
 
     from . import probe
-    from .models import Decoder
-    from .probes import plots
+    from .probes import pages
     from .probes.points import points
-    from .train import checkpoint as checkpoints
-    from .train import engine, tokenizer
+    from .train import inputs
 
     if threads:
         torch.set_num_threads(threads)
     if not out.absolute().parent.is_dir() or out.is_dir():
         raise ValueError(f"out must be a file in a folder that is there; got {out}")
-    folder = checkpoints.find(checkpoint, _say_aside)
-    coder = tokenizer.load(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else tokenizer.Bytes()
-    ids = coder.encode([text.encode()])[0].tolist()
-    if not ids:
-        raise ValueError("text must be at least one token; got ''")
-    if at is not None and not 0 <= at < len(ids):
-        raise ValueError(f"at must be one of the text's {len(ids)} tokens, from 0; got {at}")
-    model = Decoder.from_pretrained(folder, backend=backend).to(engine.pick_device(device)).eval()
-    tokens = torch.tensor([ids], device=next(model.parameters()).device)
-    layers = [name for name in points(model) if not name.endswith(".routed")]  # whose rows are no text: see `probes.points`
-    with torch.no_grad(), probe(model, layers=layers, keep=("final", "writes", "gates", "reads")) as p:
-        model(tokens)
-    words = [coder.decode([i]).decode("utf-8", "backslashreplace") for i in ids]
-    config = model.config
-    facts = {
-        "model": f"{folder.name}: {config.variant}, {config.num_layers} layers, {sum(w.numel() for w in model.parameters()):,} parameters",
-        "text": f"{len(ids)} tokens ({coder.name})",
-        "drawn": f"token {len(ids) - 1 if at is None else at}, {words[-1 if at is None else at]!r}",
-    }
-    out.write_text(plots.page(p, words, title=f"What {folder.name} remembers", at=at, facts=facts), encoding="utf-8")
+    found = inputs.opened(checkpoint, text=text, image=image, device=device, backend=backend, say=_say_aside)
+    if at is not None and not 0 <= at < found.length:
+        raise ValueError(f"at must be one of the {found.length} tokens, from 0; got {at}")
+    layers = [name for name in points(found.model) if not name.endswith(".routed")]  # whose rows are no text: see `probes.points`
+    with torch.no_grad(), probe(found.model, layers=layers, keep=("final", "writes", "gates", "reads")) as p:
+        found.model(found.inputs)
+    seen = dict(words=found.words) if found.grid is None else dict(image=found.inputs[0], grid=found.grid)
+    title = f"What {checkpoint.name} remembers"
+    out.write_text(pages.page(p, title=title, at=at, facts=found.facts, **seen), encoding="utf-8")
     print(p.report())
     print(f"{out}: {len(p)} layers, {out.stat().st_size:,} bytes")
 

@@ -1,10 +1,8 @@
-"""The only place that draws what a probe saw: figures of matplotlib, and one HTML page that holds them and needs nothing else."""
+"""The only place that draws what a probe saw: figures of matplotlib."""
 
-import base64
-import html
-import io
 import math
 import statistics
+import textwrap
 from collections.abc import Sequence
 
 import torch
@@ -12,11 +10,11 @@ from torch import Tensor
 
 from .measures.fitted import Curve
 from .report import COLUMNS, Report
-from .storage import Traces
 from .trace import Direction, Trace
 
 try:
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 except ModuleNotFoundError:
     raise ValueError("plots of probes need matplotlib: pip install 'linattn[probe]'") from None
 
@@ -30,7 +28,7 @@ RED = "#c8553d"
 
 def states(trace: Trace, t: int | None = None, *, sequence: int = 0, direction: Direction = None) -> Figure:
     """Heat maps of S after token t (None: the last), one per head, K down and V across, one scale for all of them."""
-    t = _token(trace, t)
+    t = token_of(trace, t)
     S = trace.state(t, direction)
     S = S[_sequence(len(S), sequence)].detach().float().cpu()
     title = f"{trace.name}: S after token {t}" + (f", from the {direction}" if direction else "")
@@ -50,8 +48,8 @@ def attention(trace: Trace, row: int | None = None, words: Sequence[str] | None 
 
     words: the tokens as text.
     """
-    row = _token(trace, row)
-    a = _attention(trace, row, sequence)
+    row = token_of(trace, row)
+    a = attention_row(trace, row, sequence)
     _check_words(words, a.shape[-1])
     figure = Figure(figsize=(11, 1.4 + 0.22 * len(a)), layout="constrained")
     axes = figure.subplots()
@@ -63,6 +61,51 @@ def attention(trace: Trace, row: int | None = None, words: Sequence[str] | None 
         axes.set_xticks(range(len(words)), [_label(word) for word in words], rotation=90, fontsize=7, parse_math=False)
     axes.set_title(f"{trace.name}: attention of token {row}", fontsize=10, parse_math=False)
     figure.colorbar(image, ax=axes)
+    return figure
+
+
+def over_image(
+    trace: Trace, image: Tensor, grid: tuple[int, int], token: int | None = None, *, sequence: int = 0, everyone: bool = True
+) -> Figure:
+    """Implicit attention laid over the image [C h w], a map per head: what `token` reads of every patch; below, the mean of all tokens.
+
+    grid: rows and columns of patches. Tokens before the patches, such as a class token, are not drawn; the titles say their share of |a|.
+    token: by its number in the model, whatever curve the layer walks; None: the first, or the middle patch where none comes before them.
+    """
+    rows, columns = grid
+    prefix = prefix_of(trace, grid)
+    token = middle(prefix, grid) if token is None else token
+    order = torch.arange(trace.length) if trace.order is None else trace.order.cpu()
+    at = trace.first + int((order == token).nonzero())
+    lines = [("a of this token", attention_row(trace, at, sequence))]
+    if everyone:
+        lines.append(("mean |a| of all tokens", _received(trace, sequence)))
+    heads, high = len(lines[0][1]), max(1.0, 2.1 * rows / columns)
+    width = min(heads, ACROSS)
+    below = -(-heads // ACROSS)
+    figure = Figure(figsize=(1.4 + 2.1 * width, 0.7 + len(lines) * below * (0.5 + high)), layout="constrained")
+    panels = figure.subplots(len(lines) * below, width, squeeze=False)
+    picture = image.detach().float().cpu().mean(0).numpy()
+    for line, (who, a) in enumerate(lines):
+        a = a[:, order.argsort()]
+        maps, before = a[:, prefix:].unflatten(1, grid), a[:, :prefix].abs().sum(1) / a.abs().sum(1).clamp_min(1e-30)
+        top = float(maps.abs().max()) or 1.0
+        low = 0.0 if line == 0 else min(float(maps.min()), 0.99 * top)  # means are much alike: what differs is shown
+        for h, axes in enumerate(panels[line * below : (line + 1) * below].flat):
+            axes.set_axis_off()
+            if h >= heads:
+                continue
+            edges = (0, columns, rows, 0)
+            axes.imshow(picture, cmap="gray", extent=edges, interpolation="nearest")
+            shade = ((maps[h].abs() - low) / (top - low)).clamp(0, 1).sqrt().mul(0.85).numpy()
+            colours = dict(cmap=SIGNED, vmin=-top, vmax=top) if line == 0 else dict(cmap=UNSIGNED, vmin=low, vmax=top)
+            drawn = axes.imshow(maps[h].numpy(), alpha=shade, extent=edges, interpolation="nearest", **colours)
+            axes.set_title(f"head {h}" + (f", {before[h]:.0%} of |a| elsewhere" if prefix else ""), fontsize=8)
+            if line == 0 and token >= prefix:
+                y, x = divmod(token - prefix, columns)
+                axes.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor="black", linewidth=1.5))
+        figure.colorbar(drawn, ax=panels[line * below : (line + 1) * below], shrink=0.8, label=who)
+    _title(figure, f"{trace.name}: which patches are read by {place(token, prefix, grid)}")
     return figure
 
 
@@ -115,52 +158,6 @@ def curve(found: Curve) -> Figure:
     return figure
 
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.15em .7em;text-align:right;border-bottom:1px solid #ddd}
-th:first-child,td:first-child{text-align:left}img{max-width:100%}dt{font-weight:600}dd{margin:0 0 .3em 1.5em}.wide{overflow-x:auto}
-.text{white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace;border:1px solid #ddd;padding:.6em}.at{outline:2px solid #222}"""
-
-
-def page(
-    traces: Traces, words: Sequence[str], *, title: str, at: int | None = None, sequence: int = 0, facts: dict[str, str] | None = None
-) -> str:
-    """One HTML page: the table, half-life and rank by layer, and of every layer states and attention, those at token `at` (None: the last).
-
-    traces kept "final", "writes" and "reads"; words are the tokens as text, facts what else is to be said at the top. The figures are
-    in the page, and its Content-Security-Policy forbids it to load anything.
-    """
-    report = traces.report()
-    parts = [_image(by_layer(report), "half-life and participation ratio by layer"), f'<div class="wide">{report._repr_html_()}</div>']
-    meant = [f"<dt>{html.escape(COLUMNS[name][0])}</dt><dd>{html.escape(COLUMNS[name][1])}</dd>" for name in report.cells()[0]]
-    parts.append(f"<details><summary>What the columns say</summary><dl>{''.join(meant)}</dl></details>")
-    for name in traces:
-        trace = traces[name]
-        t = _token(trace, at)
-        parts.append(f"<h2>{html.escape(name)}</h2>")
-        for direction in (None,) if trace.causal else ("left", "right"):
-            parts.append(_image(states(trace, t, sequence=sequence, direction=direction), f"state of {name} after token {t}"))
-        parts.append(_image(attention(trace, t, words, sequence=sequence), f"attention of token {t} in {name}"))
-        if trace.length <= POOLED:
-            parts.append(_image(pooled(trace, sequence=sequence), f"attention of all tokens in {name}"))
-        parts.append(_coloured(words, _attention(trace, t, sequence).abs().mean(0), t))
-    about = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in (facts or {}).items())
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}"><title>{html.escape(title)}</title>'
-    body = "\n".join([f"<h1>{html.escape(title)}</h1>", f"<dl>{about}</dl>", *parts])
-    return f'<!doctype html>\n<html lang="en"><head>{head}\n<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
-
-
-def _coloured(words: Sequence[str], weights: Tensor, at: int) -> str:
-    """The text, every word as red as its weight is of the largest."""
-    shares = (weights / weights.max().clamp_min(torch.finfo(weights.dtype).tiny)).tolist()
-    spans = []
-    for i, (word, share, weight) in enumerate(zip(words, shares, weights.tolist(), strict=True)):
-        mark = ' class="at"' if i == at else ""
-        style = f' style="background:rgba(200,85,61,{share:.2f})"' if share >= 0.01 else ""
-        spans.append(f'<span{mark}{style} title="token {i}: {weight:.3g}">{html.escape(word)}</span>')
-    return f'<p>Mean over heads of |a|, {weights.max():.3g} at the reddest:</p><div class="text">{"".join(spans)}</div>'
-
-
 def _per_head(maps: Tensor, title: str, across: str, down: str, *, signed: bool) -> Figure:
     """Maps [H rows columns] side by side, on one scale."""
     columns, lines = min(len(maps), ACROSS), -(-len(maps) // ACROSS)
@@ -183,23 +180,46 @@ def _per_head(maps: Tensor, title: str, across: str, down: str, *, signed: bool)
         axes.set_ylabel(down, fontsize=7)
         axes.tick_params(labelsize=7)
     figure.colorbar(image, ax=figure.axes, shrink=0.8)
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    _title(figure, title)
     return figure
 
 
-def _image(figure: Figure, alt: str) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return f'<p><img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"></p>'
-
-
-def _attention(trace: Trace, row: int, sequence: int) -> Tensor:
+def attention_row(trace: Trace, row: int, sequence: int) -> Tensor:
     """[HQ T]"""
     a = trace.attention([row])
     return a[_sequence(len(a), sequence), :, 0].detach().float().cpu()
 
 
-def _token(trace: Trace, t: int | None) -> int:
+def _received(trace: Trace, sequence: int) -> Tensor:
+    """[HQ T]: mean |a| that every token gets of all others, in the order of the walk."""
+    total: Tensor | float = 0.0
+    for start in range(0, trace.length, TILES):
+        rows = trace.attention(range(trace.first + start, trace.first + min(start + TILES, trace.length)))
+        total = total + rows[_sequence(len(rows), sequence)].detach().abs().sum(1)
+    return (torch.as_tensor(total) / trace.length).float().cpu()
+
+
+def prefix_of(trace: Trace, grid: tuple[int, int]) -> int:
+    prefix = trace.length - grid[0] * grid[1]
+    if prefix < 0 or min(grid) < 1:
+        raise ValueError(f"grid must be rows and columns of the patches of one image, of {trace.length} tokens; got {grid}")
+    return prefix
+
+
+def middle(prefix: int, grid: tuple[int, int]) -> int:
+    return 0 if prefix else grid[0] // 2 * grid[1] + grid[1] // 2
+
+
+def place(token: int, prefix: int, grid: tuple[int, int]) -> str:
+    row, column = divmod(token - prefix, grid[1])
+    return f"token {token}, " + ("which comes before the patches" if token < prefix else f"the patch in row {row}, column {column}")
+
+
+def _title(figure: Figure, text: str) -> None:
+    figure.suptitle(textwrap.fill(text, int(figure.get_figwidth() * 11)), fontsize=10, parse_math=False)
+
+
+def token_of(trace: Trace, t: int | None) -> int:
     return trace.first + trace.length - 1 if t is None else t
 
 

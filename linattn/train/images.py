@@ -137,6 +137,25 @@ def batch(data: tuple[Pixels, Tensor], *, of: int, rows: range, seed: int, step:
     return chosen, labels[picked]
 
 
+def read(path: Path, channels: int, size: tuple[int, int]) -> Tensor:
+    """A picture as pixels [channels h w] in [-1, 1], resized to `size` if it has another. ValueError where it cannot be read so."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ModuleNotFoundError:
+        raise ValueError("a picture needs Pillow: pip install pillow, which matplotlib brings too") from None
+    if channels not in (1, 3):
+        raise ValueError(f"a picture has 1 or 3 channels; the model reads {channels}")
+    try:
+        with Image.open(path) as file:
+            picture = file.convert("L" if channels == 1 else "RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"image {path} cannot be read: {error}") from None
+    if picture.size != size[::-1]:
+        picture = picture.resize(size[::-1], Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(picture)).float() / 127.5 - 1
+    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+
+
 def _move(seed: int, step: int, row: int, shift: int) -> tuple[int, int]:
     random = derive("shift", seed, step, row)
     return random % (2 * shift + 1), random // 1000 % (2 * shift + 1)

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import linattn
-from linattn import Decoder, cli, probes
+from linattn import Decoder, Encoder, VisionTransformer, cli, probes
 from linattn.layers import Mixer
 from linattn.layers.decays import Place
 from linattn.layers.variants import Variant
@@ -155,7 +155,9 @@ def test_a_curve_is_drawn_with_its_controls():
     "args, said",
     [
         (["--text", ""], "text must be at least one token"),
-        (["--text", "abc", "--at", "3"], "at must be one of the text's 3 tokens"),
+        (["--text", "abc", "--at", "3"], "at must be one of the 3 tokens, from 0"),
+        ([], "text must be given, and nothing else, for the Decoder"),
+        (["--text", "abc", "--image", "x.png"], "got text and image"),
         (["--text", "abc", "--out", "no/such/folder/report.html"], "out must be a file in a folder that is there"),
     ],
 )
@@ -165,11 +167,85 @@ def test_bad_input_is_one_line(saved, args, said):
     assert result.exit_code == 2 and said in result.output
 
 
-def test_a_browser_shows_the_page(written):
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory):
+    """The page of a picture in four quarters, two of them bright, seen by a model of one scan and by one of two curves."""
+    pytest.importorskip("matplotlib")
+    image = pytest.importorskip("PIL.Image")
+    folder, pages = tmp_path_factory.mktemp("pictured"), []
+    image.new("RGB", (50, 40)).save(folder / "dark.png")
+    for name in ("lion_s", "retnet_natural"):
+        torch.manual_seed(0)
+        model = VisionTransformer.create(f"vit_micro_{name}", img_size=(32, 48), patch_size=8, num_classes=3, num_layers=2)
+        model.save_pretrained(folder / name)
+        result = run(folder / name, "--image", folder / "dark.png", "--at", 8, "--out", folder / f"{name}.html")
+        assert result.exit_code == 0, result.output
+        pages.append(folder / f"{name}.html")
+    return pages
+
+
+def test_the_page_of_an_image(pictured):
+    for page, curves in zip(pictured, (1, 2), strict=True):
+        text = page.read_text(encoding="utf-8")
+        assert text.count("data:image/png") == 1 + 2 * curves * 4  # by layer; of each walk two states, the image, all tokens
+        assert "32 × 48 pixels in 4 × 6 patches" in text and "the patch in row 1, column 1" in text and "<span" not in text
+
+
+@pytest.mark.parametrize("name", ["lion_s", "retnet_natural"])
+def test_attention_lies_over_the_patches_it_is_of(name):
+    pytest.importorskip("matplotlib")
+    from linattn.probes import plots
+
+    torch.manual_seed(0)
+    model = VisionTransformer.create(f"vit_micro_{name}", img_size=(32, 48), patch_size=8, num_classes=3, num_layers=1).eval()
+    image = torch.randn(2, 3, 32, 48)
+    with torch.no_grad(), linattn.probe(model, keep=("final", "reads")) as p:
+        model(image)
+    for trace in (p[i] for i in range(len(p))):
+        order = torch.arange(25) if trace.order is None else trace.order
+        at = int((order == 9).nonzero())
+        figure = plots.over_image(trace, image[1], (4, 6), 9, sequence=1)
+        picture, map_ = figure.axes[1].images
+        assert torch.equal(torch.tensor(picture.get_array().data), image[1].mean(0))
+        by_token = torch.empty(25)
+        by_token[order] = trace.attention([at])[1, 1, 0]
+        assert torch.equal(torch.tensor(map_.get_array().data), by_token[1:].view(4, 6))
+        mean = torch.empty(25)
+        mean[order] = trace.attention(range(25))[1, 1].abs().mean(0)
+        assert torch.allclose(torch.tensor(figure.axes[3].images[1].get_array().data), mean[1:].view(4, 6), atol=1e-6)
+    with pytest.raises(ValueError, match="grid must be rows and columns"):
+        plots.over_image(p[0], image[0], (5, 6))
+
+
+def test_the_page_of_a_text_seen_from_both_sides(tmp_path):
+    pytest.importorskip("matplotlib")
+    torch.manual_seed(0)
+    Encoder.create("tiny", vocab_size=257, dim=32, num_layers=1).save_pretrained(tmp_path / "encoder")
+    result = run(tmp_path / "encoder", "--text", "a text", "--out", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert result.exit_code == 0 and page.count("data:image/png") == 1 + 4 and page.count("<span") == 6
+
+
+def test_a_picture_that_cannot_be_read(pictured):
+    folder = pictured[0].parent / "lion_s"
+    (folder.parent / "no.png").write_text("no picture")
+    for args, said in (
+        (["--image", folder.parent / "no.png"], "cannot be read"),
+        (["--image", folder.parent / "dark.png", "--at", 25], "at must be one of the 25 tokens"),
+        (["--text", "abc"], "image must be given, and nothing else, for the VisionTransformer"),
+    ):
+        result = run(folder, *args)
+        assert result.exit_code == 2 and said in result.output, result.output
+
+
+@pytest.mark.parametrize("kind", ["written", "pictured"])
+def test_a_browser_shows_the_page(kind, request):
     """Under the page's own policy of loading nothing, but for the script by which the browser tells what it drew."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium on the PATH")
+    written = request.getfixturevalue(kind)
+    written = written if kind == "written" else written[1]
     copy = written.with_name("told.html")
     script = "<script>onload = () => document.title = [...document.images].filter(i => i.naturalWidth > 100).length + ' drawn'</script>"
     page = written.read_text(encoding="utf-8").replace("default-src 'none';", "default-src 'none'; script-src 'unsafe-inline';", 1)
@@ -184,5 +260,6 @@ def test_a_browser_shows_the_page(written):
         copy.as_uri(),
     ]
     dom = subprocess.run(command, capture_output=True, timeout=120).stdout.decode()
-    assert "<title>7 drawn</title>" in dom
+    figures = written.read_text(encoding="utf-8").count("data:image/png")
+    assert f"<title>{figures} drawn</title>" in dom and figures >= 7
     assert dom.count("<td>") == written.read_text(encoding="utf-8").count("<td>") > 0
