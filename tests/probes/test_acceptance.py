@@ -1,7 +1,7 @@
 """The 23 claims that the probes were designed against, with the layers as users have them.
 
-By number, with the tests that hold them; "walk" is the walk-through of docs/probes.md, run for three seeds by test_probe_docs.py. What trains
-is marked slow.
+By number, with the tests that hold them; "walk" is the walk-through of docs/probes.md, run for three seeds by test_probe_docs.py. What
+trains is marked slow.
 
 T1   a model learns to recall                           here, walk
 T2   a linear probe reads the values                    here, walk
@@ -17,7 +17,7 @@ T11  the layer that holds a pair                        here
 T12  the layer curve of its value                       here
 T13  rank grows with the pairs                          here; test_measures.py: test_ranks_and_interference_of_known_memories
 T14  interference foretells failures                    here
-T15  all forms agree                                    test_capture.py: …_rows_and_readers…, …_packed…, …_padding…, …_decoding…; test_edits.py
+T15  all forms agree                                    test_capture.py: …_rows_and_readers…, …_packed…, …_padding…, …_decoding…
 T16  the detached Jacobian is exact                     test_measures_frozen.py: test_a_decoder_is_one_matrix
 T17  parity by reflection                               test_measures.py: test_parity_by_reflection
 T18  survival and half-life                             test_measures.py: test_survival_and_half_life
