@@ -31,14 +31,22 @@ class Files:
         return Files([self.paths[i] for i in (range(len(self))[which] if isinstance(which, slice) else which.tolist())], self.shape[-1])
 
     def _read(self, path: Path) -> Tensor:
-        from PIL import Image, ImageOps
+        return decoded(path, "RGB", self.shape[2:])
 
-        try:
-            with Image.open(path) as image:
-                square = ImageOps.fit(image.convert("RGB"), self.shape[2:], Image.Resampling.BICUBIC)
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read as an image: {error}") from None
-        return torch.from_numpy(np.array(square)).movedim(-1, 0)
+
+def decoded(path: Path, mode: str, size: tuple[int, int]) -> Tensor:
+    """A picture as uint8 [C h w]: its middle, scaled to `size` (h, w). mode as Pillow's. ValueError where it cannot be read."""
+    try:
+        from PIL import Image, ImageOps
+    except ModuleNotFoundError:
+        raise ValueError("a picture needs Pillow: pip install pillow") from None
+    try:
+        with Image.open(path) as image:
+            fitted = ImageOps.fit(image.convert(mode), size[::-1], Image.Resampling.BICUBIC)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from None
+    pixels = torch.from_numpy(np.array(fitted))
+    return pixels[None] if pixels.ndim == 2 else pixels.movedim(-1, 0)
 
 
 Pixels = Tensor | Files  # uint8 [N C h w]
@@ -135,25 +143,6 @@ def batch(data: tuple[Pixels, Tensor], *, of: int, rows: range, seed: int, step:
         moves = [_move(seed, step, row, shift) for row in rows]
         chosen = torch.stack([x[:, a : a + height, b : b + width] for x, (a, b) in zip(padded, moves, strict=True)])
     return chosen, labels[picked]
-
-
-def read(path: Path, channels: int, size: tuple[int, int]) -> Tensor:
-    """A picture as pixels [channels h w] in [-1, 1], resized to `size` if it has another. ValueError where it cannot be read so."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ModuleNotFoundError:
-        raise ValueError("a picture needs Pillow: pip install pillow, which matplotlib brings too") from None
-    if channels not in (1, 3):
-        raise ValueError(f"a picture has 1 or 3 channels; the model reads {channels}")
-    try:
-        with Image.open(path) as file:
-            picture = file.convert("L" if channels == 1 else "RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"image {path} cannot be read: {error}") from None
-    if picture.size != size[::-1]:
-        picture = picture.resize(size[::-1], Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(picture)).float() / 127.5 - 1
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
 
 
 def _move(seed: int, step: int, row: int, shift: int) -> tuple[int, int]:

@@ -31,9 +31,9 @@ class Opened(NamedTuple):
 def opened(path: Path, *, text: str | None, image: Path | None, device: str, backend: str, say: Callable[[str], None]) -> Opened:
     """The model saved in `path`, a folder or the newest checkpoint of a run, in evaluation mode, and its input.
 
-    A folder without a tokenizer is read byte by byte. An image is read as the recipe `image` trains on it: its pixels in [-1, 1], at the
-    size of the model's config. ValueError for a text that is empty, an image for a model of text or the other way round, and a folder or
-    a picture that cannot be read.
+    A folder without a tokenizer is read byte by byte. An image is read as the recipe `image` reads a folder's: its middle, scaled to the
+    size of the model's config, pixels in [-1, 1]. ValueError for a text that is empty, an image for a model of text
+    or the other way round, and a folder or a picture that cannot be read.
     """
     folder = checkpoint.find(path, say)
     kind = _kind(folder)
@@ -48,7 +48,9 @@ def opened(path: Path, *, text: str | None, image: Path | None, device: str, bac
     if image is not None:
         config = model.config
         height, width = (config.img_size,) * 2 if isinstance(config.img_size, int) else config.img_size
-        pixels = images.read(image, config.in_chans, (height, width))
+        if (mode := {1: "L", 3: "RGB"}.get(config.in_chans)) is None:
+            raise ValueError(f"image must be of 1 or 3 channels; the model in {folder} sees {config.in_chans}")
+        pixels = images.decoded(image, mode, (height, width)).float() / 127.5 - 1
         grid = model.patches.grid(pixels)
         facts["image"] = f"{image.name}, {height} × {width} pixels in {grid[0]} × {grid[1]} patches"
         return Opened(model, pixels[None].to(place), model.num_prefix_tokens + grid[0] * grid[1], [], grid, facts)

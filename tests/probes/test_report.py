@@ -230,7 +230,7 @@ def test_a_picture_that_cannot_be_read(pictured):
     folder = pictured[0].parent / "lion_s"
     (folder.parent / "no.png").write_text("no picture")
     for args, said in (
-        (["--image", folder.parent / "no.png"], "cannot be read"),
+        (["--image", folder.parent / "no.png"], "cannot be read as an image"),
         (["--image", folder.parent / "dark.png", "--at", 25], "at must be one of the 25 tokens"),
         (["--text", "abc"], "image must be given, and nothing else, for the VisionTransformer"),
     ):
