@@ -12,7 +12,7 @@ from .plots import POOLED, Figure, attention, attention_row, by_layer, middle, o
 from .report import COLUMNS
 from .storage import Traces
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1280px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.15em .7em;text-align:right;border-bottom:1px solid #ddd}
 th:first-child,td:first-child{text-align:left}img{max-width:100%}dt{font-weight:600}dd{margin:0 0 .3em 1.5em}.wide{overflow-x:auto}
 .figures{display:flex;flex-wrap:wrap;gap:0 1em;align-items:flex-start}
