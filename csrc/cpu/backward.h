@@ -13,11 +13,12 @@ struct Gradients : Tiles {
   float *all_dS, *all_dz, *heads;                                   // of all heads walked side by side
   int64_t anchor, marks;
   size_t state, per_head;
+  static bool keeps_writes(const Backward& a, int direction) { return a.delta && (a.dv.bf16 || direction == 1); }
   static int64_t anchor_of(const Backward& a) { return a.dbkv ? a.stride : ANCHOR; }
   static int64_t marks_of(const Backward& a) { return a.decay != NONE || a.delta ? a.T / anchor_of(a) + 2 : 0; }
   static size_t per_head_of(const Backward& a) {
     const size_t Kp = pad(a.K), Vp = pad(a.V);
-    return Kp + marks_of(a) * (Kp * Vp + Kp) + (a.delta ? anchor_of(a) / C * Kp * Vp + (a.T + C) * Vp : 0);
+    return Kp + marks_of(a) * (Kp * Vp + Kp) + (a.delta ? anchor_of(a) / C * Kp * Vp : 0) + (keeps_writes(a, !a.causal) ? (a.T + C) * Vp : 0);
   }
   Gradients(const Backward& a, Scratch& s) : Tiles(a, s), anchor(anchor_of(a)), marks(marks_of(a)), state(size_t(Kp) * Vp), per_head(per_head_of(a)) {
     uT = s.take(C * Vp), dn = s.take(C * Vp), dd = s.take(C), dP = s.take(C * C);
@@ -35,7 +36,7 @@ struct Gradients : Tiles {
     dS = all_dS + i * state, dz = all_dz + size_t(i) * Kp;
     running = heads + i * per_head;
     anchors = running + Kp, anchors_z = anchors + marks * state, group = anchors_z + marks * Kp;
-    writes = group + anchor / C * state;  // `group` and `writes` are there with the delta rule only
+    writes = group + anchor / C * state;  // there with the delta rule only, `writes` where `keeps_writes`
   }
 };
 
@@ -80,7 +81,7 @@ STAGE void gather(const float* P, bool transposed, const float* y, int ld, float
 INLINE int64_t dg_index(const Backward& a, const Walk& w, int64_t t) { return ((w.direction * a.B + w.b) * a.T + t) * a.H + w.h; }
 
 // As carry_chunk, for the transposed state.
-INLINE void carry_transposed(const Call& a, Tiles& s, const float* u, bool normal, Ahead* ahead = nullptr) {
+INLINE void carry_transposed(const Call& a, Tiles& s, const float* u, bool normal, Ahead* ahead = nullptr, const float* from = nullptr) {
   const Gate& g = s.gate;
   const bool channel = a.decay == CHANNEL;
   if (normal && !channel) carry_z(s.z, s.Kp, g.across, nullptr, s.k, g.kept);
@@ -89,7 +90,21 @@ INLINE void carry_transposed(const Call& a, Tiles& s, const float* u, bool norma
   else if (a.decay != NONE)
     scale_rows(s.k, g.kept, s.k, s.Kp);
   if (normal && channel) carry_z(s.z, s.Kp, 0, g.across_k, s.k, nullptr);
-  carry(s.S, s.Vp, s.Kp, {g.across, nullptr, channel ? g.across_k : nullptr}, u, false, s.k, ahead);
+  carry(s.S, s.Vp, s.Kp, {g.across, nullptr, channel ? g.across_k : nullptr}, u, false, s.k, ahead, from);
+}
+
+// Where the first walk leaves what its tokens wrote, less beta: in the rows of dv, if nothing else is there and it fits in, else in scratch.
+INLINE Span writes_span(const Backward& a, const Walk& w, const Gradients& s, int64_t p) {
+  if (s.keeps_writes(a, w.direction)) return {reinterpret_cast<char*>(s.writes + p * s.Vp), false, s.Vp};
+  Span rows = span(a.dv, w, p, w.h);
+  rows.stream = false;
+  return rows;
+}
+
+INLINE void load_writes(const Backward& a, const Walk& w, Gradients& s, int64_t p, int rows, float* beta) {
+  load_beta(a, w, p, rows, beta);
+  load_rows(writes_span(a, w, s, p), rows, int(a.V), 1.0f, s.w, s.Vp);
+  scale_rows(s.w, beta, s.u, s.Vp);
 }
 
 // First walk: dq, and q·dq of every token left in dg; keeps the anchors and, for the delta rule, the writes.
@@ -106,11 +121,10 @@ STAGE void query_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p
   }
   const float* u = s.v;
   if (a.delta) {
-    float beta[C], A[C * C];
-    transpose(s.k, Kp, C, Kp, s.kT, C);
-    delta_write(a, w, s, p, rows, true, beta, A);
+    if (!channel) transpose(s.k, Kp, C, Kp, s.kT, C);
+    delta_write(a, w, s, p, rows, true);
     u = s.u;
-    __builtin_memcpy(s.writes + p * Vp, u, size_t(C) * Vp * 4);
+    store_rows(s.w, Vp, rows, int(a.V), 1.0f, writes_span(a, w, s, p), false);
   }
   transpose(u, Vp, C, Vp, s.uT, C);
   for (int i = 0; i < (channel ? C * Kp : C) && decays; i += LANES) store(s.stash + i, vec{});
@@ -127,7 +141,7 @@ STAGE void query_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p
     if (channel) {
       finish_read(s.dq, Kp, normal ? s.dd : nullptr, s.z, s.gate.seen_k);
       keep_triangle(s.dP, w.own);
-      channel_gather(s.dP, s.k, s.gate, w.leaving, Kp, s.dq);
+      channel_gather(s.dP, s.k, s.gate, Kp, s.dq);
     } else if (normal) {
       for (int r = 0; r < C; ++r) s.dd[r] *= s.gate.seen[r];
       finish_read(s.dq, Kp, s.dd, s.z, nullptr);
@@ -174,26 +188,29 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
   const int64_t last = (w.length - 1) / C * C;
   if (decays && p == last) pin(s, s.S, s.z, normal, channel, running);
   const int64_t end = p + C;
+  float beta[C], A[C * C];
   if (a.delta && (p == last || end % s.anchor == 0)) {  // rebuild the states of this stretch from its anchor
     const int64_t from = p / s.anchor * s.anchor;
-    __builtin_memcpy(s.S, s.anchors + p / s.anchor * state, size_t(state) * 4);
-    for (int64_t m = from; m <= p; m += C) {
-      __builtin_memcpy(s.group + (m - from) / C * state, s.S, size_t(state) * 4);
-      if (m == p) break;
-      load_chunk(a, w, s, m, C, TRIANGLE, false);
-      carry_transposed(a, s, s.writes + m * Vp, false);
+    __builtin_memcpy(s.group, s.anchors + p / s.anchor * state, size_t(state) * 4);
+    for (int64_t m = from; m < p; m += C) {
+      load_keys(a, w, s, m, C, NOTHING, false);
+      load_writes(a, w, s, m, C, beta);
+      s.S = s.group + ((m - from) / C + 1) * state;
+      carry_transposed(a, s, s.u, false, nullptr, s.S - state);
     }
   }
   if (decays && p != last && end % s.anchor == 0)
     pin(s, s.anchors + end / s.anchor * state, s.anchors_z + end / s.anchor * Kp, normal, channel, running);
-  load_chunk(a, w, s, p, rows, TRIANGLE, false);
-  transpose(s.k, Kp, C, Kp, s.kT, C);
-  float beta[C], A[C * C];
+  load_keys(a, w, s, p, rows, TRIANGLE, false);
+  if (!channel) transpose(s.k, Kp, C, Kp, s.kT, C);
   const float* u = s.v;
   if (a.delta) {
-    __builtin_memcpy(s.S, s.group + p % s.anchor / C * state, size_t(state) * 4);
-    delta_write(a, w, s, p, rows, true, beta, A);
+    s.S = s.group + p % s.anchor / C * state;
+    load_writes(a, w, s, p, rows, beta);
+    keys_meet(a, s, A);
     u = s.u;
+  } else {
+    load_rows(span(a.v, w, p, w.h), rows, int(a.V), 1.0f, s.v, Vp);
   }
   transpose(u, Vp, C, Vp, s.uT, C);
   // carry: what the chunk left in the state
@@ -205,6 +222,7 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
   }
   const int64_t next = p >= C ? p - C : p;
   Ahead ahead = next_keys(a, w, p - C);
+  if (channel) ahead.also(gate_span(a.dg + w.direction * a.B * a.T * a.H * a.K, a, w, next, a.K), a.K);
   emit_across(keepers, Kp, s.dS, Vp, channel || !decays ? nullptr : gate.kept, s.wide, s.du, &ahead);
   if (a.du) {
     load_rows(gate_span(a.du + w.direction * a.B * a.T * a.H * a.V, a, w, p, a.V), rows, int(a.V), 1.0f, s.wide, Vp);
@@ -212,6 +230,8 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
   }
   const Span dk = span(a.dk, w, p, w.h);
   const bool direct = rows == C && !dk.bf16 && a.K == Kp && a.G == 1 && !normal && !decays && !a.delta && !add;
+  Across across;
+  const float* reads = s.q_seen;
   // emit
   for (int64_t g = 0; g < a.G; ++g) {
     const int64_t h = w.h * a.G + g;
@@ -229,35 +249,35 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
     Ahead queries;
     queries.also(span(a.grad, w, next, h), a.V).also(span(a.q, w, next, h), a.K);
     if (channel) {
-      channel_products(s.q, s.kT, gate, w.leaving, Kp, w.own, s.P);
+      channel_products(s.q, s.k, gate, Kp, w.own, s.P);
       keep_triangle(s.dP, w.own);
-      channel_scatter(s.dP, s.q, gate, w.leaving, Kp, s.dk);
+      channel_scatter(s.dP, s.q, gate, Kp, s.dk);
       scale_tile(s.q, gate.seen_k, s.q_seen, Kp);
       gather(s.P, true, s.dn, Vp, s.du);
-      carry(s.dS, Vp, Kp, {1.0f, nullptr, first ? gate.across_k : nullptr}, s.dn, false, s.q_seen, &queries);
+      across = {1.0f, nullptr, first ? gate.across_k : nullptr};
       if (normal) carry_z(s.dz, Kp, 1.0f, first ? gate.across_k : nullptr, s.q_seen, s.dd);
     } else {
       products(s.q, Kp, s.kT, gate.D, nullptr, s.P);
       if (!first) gather(s.dP, true, s.q, Kp, s.dk);
       gather(s.P, true, s.dn, Vp, s.du);
-      const float across = first ? gate.across : 1.0f;
+      across = {first ? gate.across : 1.0f};
       if (decays) {
         for (int r = 0; r < C; ++r) s.dd[r] *= gate.seen[r];
         scale_rows(s.q, gate.seen, s.q_seen, Kp);
       }
-      carry(s.dS, Vp, Kp, {across}, s.dn, false, decays ? s.q_seen : s.q, &queries);
-      if (normal) carry_z(s.dz, Kp, across, nullptr, s.q, s.dd);
+      reads = decays ? s.q_seen : s.q;
+      if (normal) carry_z(s.dz, Kp, across.all, nullptr, s.q, s.dd);
     }
+    if (!a.delta || g + 1 < a.G) carry(s.dS, Vp, Kp, across, s.dn, false, reads, &queries);
   }
   if (a.delta) {  // write: du becomes the gradient of v
+    scale_rows(A, beta, s.M, C);
     solve(s.M, true, s.du, Vp);
     products(s.du, Vp, s.uT, nullptr, nullptr, s.dP);  // −dM, its lower triangle
     keep_triangle(s.dP, 0.0f);
-    for (int r = 0; r < rows; ++r) {
-      float x = dot(s.du + r * Vp, s.w + r * Vp, Vp);
-      for (int j = 0; j < r; ++j) x -= s.dP[r * C + j] * A[r * C + j];
-      a.dbeta[dg_index(a, w, w.token(p + r))] = x;
-    }
+    alignas(64) float dbeta[C];
+    dots(s.du, s.w, Vp, dbeta);
+    for (int r = 0; r < rows; ++r) a.dbeta[dg_index(a, w, w.token(p + r))] = dbeta[r];
     float minus[C];
     for (int r = 0; r < C; ++r) minus[r] = -beta[r];
     scale_rows(s.dP, minus, s.dP, C);  // beta · dM
@@ -266,15 +286,17 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
     if (channel) finish_read(s.dk_read, Kp, nullptr, nullptr, gate.seen_k);
     for (int i = 0; i < C * Kp; i += LANES) store(s.dk_read + i, -load(s.dk_read + i));
     if (channel) {
-      channel_gather(s.dP, s.k, gate, w.leaving, Kp, s.dk_read);
-      channel_scatter(s.dP, s.k, gate, w.leaving, Kp, s.dk);
+      channel_gather(s.dP, s.k, gate, Kp, s.dk_read);
+      channel_scatter(s.dP, s.k, gate, Kp, s.dk);
     } else {
       for (int i = 0; i < C * C; i += LANES) store(s.dP + i, load(s.dP + i) * load(gate.D + i));
       gather(s.dP, false, s.k, Kp, s.dk_read);
       gather(s.dP, true, s.k, Kp, s.dk);
     }
     for (int i = 0; i < C * Kp; i += LANES) store(s.k_seen + i, -load(s.k_seen + i));
-    carry(s.dS, Vp, Kp, {1.0f}, s.du, false, s.k_seen);
+    Ahead queries;
+    queries.also(span(a.grad, w, next, w.h * a.G), a.V).also(span(a.q, w, next, w.h * a.G), a.K);
+    carry(s.dS, Vp, Kp, across, s.dn, false, reads, &queries, nullptr, s.du, s.k_seen);
   }
   if (decays) {  // gate: q·dq and k·dk_read pull the clock up, k·dk pulls it down; then a sum from the end
     if (channel)
@@ -282,20 +304,20 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
     alignas(64) float k_dk[C], k_read[C] = {};
     if (!channel) dots(s.k, s.dk, Kp, k_dk);
     if (!channel && a.delta) dots(s.k, s.dk_read, Kp, k_read);
-    for (int r = rows - 1; r >= 0; --r) {
-      const int64_t at = dg_index(a, w, w.token(p + r));
-      if (channel) {
-        for (int c = 0; c < a.K; ++c) {
-          const int i = r * Kp + c;
-          const float e = s.stash[i] + s.k[i] * ((a.delta ? s.dk_read[i] : 0.0f) - s.dk[i]);
-          a.dg[at * a.K + c] = w.leaving ? running[c] : running[c] + e;
-          running[c] += e;
-        }
-      } else {
-        const float e = a.dg[at] + k_read[r] - k_dk[r];
-        a.dg[at] = w.leaving ? running[0] : running[0] + e;
-        running[0] += e;
+    for (int r = rows - 1; r >= 0 && channel; --r)
+      for (int c = 0; c < Kp; c += LANES) {
+        const int i = r * Kp + c;
+        const vec before = load(running + c), dk_read = a.delta ? load(s.dk_read + i) : vec{};
+        const vec sum = before + load(s.stash + i) + load(s.k + i) * (dk_read - load(s.dk + i));
+        store(s.stash + i, w.leaving ? before : sum);
+        store(running + c, sum);
       }
+    if (channel) store_rows(s.stash, Kp, rows, int(a.K), 1.0f, gate_span(a.dg + w.direction * a.B * a.T * a.H * a.K, a, w, p, a.K), false);
+    for (int r = rows - 1; r >= 0 && !channel; --r) {
+      float& dg = a.dg[dg_index(a, w, w.token(p + r))];
+      const float before = running[0];
+      running[0] += dg + k_read[r] - k_dk[r];
+      dg = w.leaving ? before : running[0];
     }
   }
   for (int i = 0; i < C * Kp && a.delta; i += LANES) store(s.dk + i, load(s.dk + i) + load(s.dk_read + i));

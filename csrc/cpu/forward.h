@@ -11,18 +11,17 @@ struct Tiles {
   float *all_S, *all_z;      // of all heads walked side by side
   float *spare, *spare_z;    // one state more
   Gate gate;
-  Tiles(const Call& a, Scratch& s) : Kp(pad(a.K)), Vp(pad(a.V)) {
+  Tiles(const Call& a, Scratch& s) : Kp(pad(a.K)), Vp(pad(a.V)), gate(Kp, s) {
     q = s.take(C * Kp), k = s.take(C * Kp), kT = s.take(C * Kp), k_seen = s.take(C * Kp), q_seen = s.take(C * Kp);
     v = s.take(C * Vp), u = s.take(C * Vp), w = s.take(C * Vp), o = s.take(C * Vp);
     P = s.take(C * C), M = s.take(C * C);
     all_S = s.take(size_t(Kp) * Vp * a.width), all_z = s.take(size_t(Kp) * a.width);
     spare = s.take(size_t(Kp) * Vp), spare_z = s.take(Kp);
-    gate.a = s.take(C * Kp), gate.seen_k = s.take(C * Kp), gate.kept_k = s.take(C * Kp), gate.across_k = s.take(Kp);
     select(0);
   }
   static size_t floats(const Call& a) {
     const size_t Kp = pad(a.K), Vp = pad(a.V);
-    return C * (8 * Kp + 4 * Vp + 2 * C) + (Kp * Vp + Kp) * (a.width + 1) + Kp + 64;
+    return Gate::floats(Kp) + C * (5 * Kp + 4 * Vp + 2 * C) + (Kp * Vp + Kp) * (a.width + 1) + 64;
   }
   void select(int i) { S = all_S + size_t(i) * Kp * Vp, z = all_z + size_t(i) * Kp; }
 };
@@ -50,10 +49,13 @@ INLINE Walk make_walk(const Call& a, Job job, int direction) {
 INLINE int64_t state_index(const Call& a, const Walk& w, Job job) { return (w.direction * a.sequences + job.n) * a.H + job.h; }
 INLINE int64_t segment_index(const Call& a, const Walk& w, Job job) { return state_index(a, w, job) * a.segments + job.segment; }
 
-INLINE void load_chunk(const Call& a, const Walk& w, Tiles& s, int64_t p, int rows, Intra intra, bool right_leaving) {
+INLINE void load_keys(const Call& a, const Walk& w, Tiles& s, int64_t p, int rows, Intra intra, bool right_leaving) {
   load_rows(span(a.k, w, p, w.h), rows, int(a.K), 1.0f, s.k, s.Kp);
-  load_rows(span(a.v, w, p, w.h), rows, int(a.V), 1.0f, s.v, s.Vp);
   set_gate(s.gate, a, w, p, rows, intra, right_leaving, s.Kp);
+}
+INLINE void load_chunk(const Call& a, const Walk& w, Tiles& s, int64_t p, int rows, Intra intra, bool right_leaving) {
+  load_keys(a, w, s, p, rows, intra, right_leaving);
+  load_rows(span(a.v, w, p, w.h), rows, int(a.V), 1.0f, s.v, s.Vp);
 }
 
 // f(walk, position, rows) for every chunk of every head that is walked side by side.
@@ -68,23 +70,34 @@ INLINE void each_chunk(const Call& a, Walk w, T& s, F&& f) {
 
 INLINE Ahead next_keys(const Call& a, const Walk& w, int64_t position) {
   Ahead ahead;
-  if (position >= 0 && position < w.length) ahead.also(span(a.k, w, position, w.h), a.K).also(span(a.v, w, position, w.h), a.V);
+  if (position < 0 || position >= w.length) return ahead;
+  ahead.also(span(a.k, w, position, w.h), a.K).also(span(a.v, w, position, w.h), a.V);
+  if (a.decay == CHANNEL) ahead.also(gate_span(a.g, a, w, position, a.K), a.K);
   return ahead;
 }
 
-// write: u = beta (v − (faded S)ᵀ k − what earlier tokens of the chunk wrote), by M = beta_i (k_i·k_j) e^(ℓ_i − ℓ_j), strictly lower.
-// Leaves in A the same without beta, in w the bracket without the chunk's own part, for the gradients.
-// `transposed`: S is [Vp Kp].
-STAGE void delta_write(const Call& a, const Walk& w, Tiles& s, int64_t p, int rows, bool transposed, float* beta, float* A) {
+INLINE void load_beta(const Call& a, const Walk& w, int64_t p, int rows, float* beta) {
   for (int r = 0; r < C; ++r) beta[r] = r < rows ? a.beta[(w.b * a.T + w.token(p + r)) * a.H + w.h] : 0.0f;
+}
+
+// What keys read of each other, A = (k_i·k_j) e^(ℓ_i − ℓ_j), strictly lower, and of the state before the chunk: k_seen.
+INLINE void keys_meet(const Call& a, Tiles& s, float* A) {
   if (a.decay == CHANNEL) {
-    channel_products(s.k, s.kT, s.gate, w.leaving, s.Kp, 0.0f, A);
+    channel_products(s.k, s.k, s.gate, s.Kp, 0.0f, A);
     scale_tile(s.k, s.gate.seen_k, s.k_seen, s.Kp);
   } else {
     products(s.k, s.Kp, s.kT, s.gate.D, nullptr, A);
     keep_triangle(A, 0.0f);
     scale_rows(s.k, s.gate.seen, s.k_seen, s.Kp);
   }
+}
+
+// write: u = beta · w, w = v − (faded S)ᵀ k − what earlier tokens of the chunk wrote: (I + A diag(beta)) w = v − Sᵀ k_seen.
+// `transposed`: S is [Vp Kp].
+STAGE void delta_write(const Call& a, const Walk& w, Tiles& s, int64_t p, int rows, bool transposed) {
+  float beta[C], A[C * C];
+  load_beta(a, w, p, rows, beta);
+  keys_meet(a, s, A);
   if (transposed) {
     transpose(s.k_seen, s.Kp, C, s.Kp, s.q_seen, C);
     emit_across(s.q_seen, s.Kp, s.S, s.Vp, nullptr, s.o, s.w);
@@ -92,9 +105,9 @@ STAGE void delta_write(const Call& a, const Walk& w, Tiles& s, int64_t p, int ro
     emit(s.k_seen, s.Kp, s.S, s.Vp, nullptr, nullptr, ALL, nullptr, s.w, s.Vp);
   }
   for (int i = 0; i < C * s.Vp; i += LANES) store(s.w + i, load(s.v + i) - load(s.w + i));
+  scale_columns(A, C, beta);
+  solve(A, false, s.w, s.Vp);
   scale_rows(s.w, beta, s.u, s.Vp);
-  scale_rows(A, beta, s.M, C);
-  solve(s.M, false, s.u, s.Vp);
 }
 
 // carry: S and z take in the chunk. Its keys, in k or, where that is at hand, transposed in kT, are faded in place: nobody reads them after.
@@ -144,10 +157,9 @@ INLINE void forward_chunk(const Forward& a, const Walk& w, Tiles& s, int64_t p, 
     if (normal) __builtin_memcpy(a.bz + at * a.K, s.z, size_t(a.K) * 4);
   }
   const float* u = s.v;
-  if (a.delta || inside) transpose(s.k, Kp, C, Kp, s.kT, C);
+  if (!channel && (a.delta || inside)) transpose(s.k, Kp, C, Kp, s.kT, C);
   if (a.delta) {
-    float beta[C], A[C * C];
-    delta_write(a, w, s, p, rows, false, beta, A);
+    delta_write(a, w, s, p, rows, false);
     u = s.u;
   }
   if (a.u) store_rows(u, Vp, rows, int(a.V), 1.0f, gate_span(a.u + w.direction * a.B * a.T * a.H * a.V, a, w, p, a.V), false);
@@ -157,7 +169,7 @@ INLINE void forward_chunk(const Forward& a, const Walk& w, Tiles& s, int64_t p, 
     if (channel) {
       scale_tile(s.q, s.gate.seen_k, s.q_seen, Kp);
       reader = s.q_seen;
-      channel_products(s.q, s.kT, s.gate, w.leaving, Kp, w.own, s.P);
+      channel_products(s.q, s.k, s.gate, Kp, w.own, s.P);
     } else if (inside) {
       products(s.q, Kp, s.kT, s.gate.D, nullptr, s.P);
     }

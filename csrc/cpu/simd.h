@@ -75,10 +75,9 @@ INLINE vec multiply_below(vec w, float a, int n) {
 // e^x for x <= 0 to 1 ulp or so; 0 below -87.3 (also for -inf), NaN for NaN.
 INLINE vec exp(vec x) {
   const vec low = splat(-87.33654f), magic = splat(12582912.0f);  // 1.5 · 2^23: adding it leaves the rounded integer in the low bits
-  vec y = x < low ? low : x;
-  vec t = y * 1.44269504f + magic;
+  vec t = x * 1.44269504f + magic;
   vec n = t - magic;
-  vec r = y - n * 0.693359375f;
+  vec r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   vec p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -88,7 +87,7 @@ INLINE vec exp(vec x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   vec two_n = (vec)(((uvec)t << 23) + (127u << 23));
-  return x < low ? vec{} : p * two_n;
+  return x < low ? vec{} : p * two_n;  // what came out below `low` means nothing
 }
 
 struct bf16 {
@@ -141,6 +140,15 @@ INLINE void transpose_block(vec (&x)[LANES]) {
         x[r + d] = __builtin_shuffle(a, b, high);
       }
   }
+}
+
+// Lane n: the sum over all lanes of x[n]. x is used up.
+INLINE vec sums(vec (&x)[LANES]) {
+  transpose_block(x);
+  vec all = x[0];
+#pragma GCC unroll 16
+  for (int r = 1; r < LANES; ++r) all += x[r];
+  return all;
 }
 
 // out[n][m] = in[m][n] for M, N multiples of 16.
