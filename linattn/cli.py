@@ -138,7 +138,8 @@ def train(
     """
     from .train import loop, recipes
 
-    out = out or Path("runs") / f"{preset or 'tiny'}-{variant or 'gla'}"
+    made = recipes.make(recipe, preset, variant, steps=steps)
+    out = out or Path("runs") / "-".join([*([] if recipe in (None, "decoder") else [recipe]), made.preset, made.variant])
     options: dict[str, Any] = dict(
         preset=preset, variant=variant, options=_pairs("option", option) or None, overrides=_pairs("set", set_) or None,
         data=tuple(data) if data else None, tokenizer=tokenizer, vocab_size=vocab_size, packing=packing, held_out=held_out,
@@ -149,7 +150,10 @@ def train(
         checkpoint_activations=checkpoint_activations, device=device, backend=backend, threads=threads, eval_every=eval_every,
         eval_windows=eval_windows, save_every=save_every, keep=keep, report=tuple(report) if report else None,
     )  # fmt: skip
-    base = (loop.saved_config(out) if resume == "auto" else None) or recipes.make(recipe, preset, variant, steps=steps)
+    saved = loop.saved_config(out) if resume == "auto" else None
+    if saved is not None and recipe is not None and saved.task != made.task:
+        raise ValueError(f"recipe must be that of the run in {out}, {saved.task}, or --out another folder; got {recipe!r}")
+    base = saved or made
     config = replace(base, **{name: value for name, value in options.items() if value is not None})
     if dry_run:
         from .train import engine, estimate

@@ -105,7 +105,20 @@ def test_a_bad_sampling_option_is_refused_before_a_word(trained):
     assert result.exit_code == 2 and result.stdout == "" and "top_p must lie in (0, 1]" in result.stderr
 
 
+def test_a_recipe_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    small = ["--set", "dim=16", "--set", "num_layers=1", "--steps", 1, "--threads", 1]
+    assert run("train", "--recipe", "image", "--variant", "gla", *small).exit_code == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["image-micro-gla"]
+    teacher = ["--option", "teacher=runs/image-micro-gla"]
+    assert run("train", "--recipe", "distillation", *teacher, *small).exit_code == 0
+    assert (tmp_path / "runs" / "distillation-micro-lion_s" / "run.json").exists()
+
+
 def test_a_foreign_run_is_refused_and_given_options_may_be_left_out(trained):
+    result = run("train", "--recipe", "image", "--out", trained)
+    assert result.exit_code == 2 and "recipe must be that of the run in" in result.stderr and "decoder, or --out another" in result.stderr
     result = run("train", "--out", trained, "--lr", 0.5)
     assert result.exit_code == 2 and "lr: 0.01 here, 0.5 asked" in result.stderr
     assert run("train", "--out", trained).exit_code == 0  # finished already: its own config is taken, and nothing is left to do

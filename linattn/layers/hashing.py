@@ -250,7 +250,7 @@ def attention_operations(kind: str, tokens: int, dim: int, heads: int, *, bits: 
 
 
 class Stage(NamedTuple):
-    """One stage of a pyramid of transformer blocks with depthwise 3×3 convolutions in their feed-forward layers (PVTv2)."""
+    """One stage of a pyramid of transformer blocks."""
 
     attention: str  # "softmax" or "ecoformer"
     side: int  # tokens are side²
@@ -259,10 +259,11 @@ class Stage(NamedTuple):
     heads: int
     mlp_ratio: int
     patch: int  # width of the convolution that leads into the stage
+    convolved: str = "mlp"  # where depthwise 3×3 convolutions are: in each feed-forward layer (PVTv2), or one for the "stage" (Twins)
 
 
 def pyramid_operations(stages: list[Stage], *, classes: int = 1000, in_chans: int = 3) -> Operations:
-    """What a whole PVTv2-like network costs: its convolutions and linear layers as one multiplication and one addition each, and attention.
+    """What a network such as PVTv2 or Twins costs: attention, and convolutions and linear maps as a multiplication and an addition each.
 
     A LayerNorm takes 5 of each per number: two in a block, one before and one after a stage. EcoFormer has two input projections, for its
     queries are its keys; softmax has three.
@@ -270,9 +271,10 @@ def pyramid_operations(stages: list[Stage], *, classes: int = 1000, in_chans: in
     total, width = Operations(stages[-1].dim * classes, stages[-1].dim * classes), in_chans
     for stage in stages:
         N, D, hidden = stage.side**2, stage.dim, stage.dim * stage.mlp_ratio
-        entry = N * D * width * stage.patch**2 + 2 * 5 * N * D
+        in_mlp, in_stage = (9, 0) if stage.convolved == "mlp" else (0, 9)
+        entry = N * D * width * stage.patch**2 + in_stage * N * D + 2 * 5 * N * D
         projections = (3 if stage.attention == "ecoformer" else 4) * N * D * D
-        block = projections + 2 * N * D * hidden + 9 * N * hidden + 2 * 5 * N * D
+        block = projections + 2 * N * D * hidden + in_mlp * N * hidden + 2 * 5 * N * D
         attention = attention_operations(stage.attention, N, D, stage.heads)
         total = total + Operations(entry, entry) + (Operations(block, block) + attention) * stage.depth
         width = D

@@ -14,7 +14,7 @@ from .linear import Linear, residual_std, without_weight_decay
 from .mixer import Mixer
 from .norm import GatedRMSNorm
 from .packing import check_input, sequences, token_positions
-from .position import rotate, rotation
+from .position import check_pairs, rotate, rotation
 from .variants import Gating, Variant, variant_of
 
 
@@ -72,6 +72,8 @@ class LinearAttention(nn.Module):
             raise ValueError(f"layer_idx must lie in [0, num_layers={num_layers}); got {layer_idx}")
         self.key_dim = K = head_width(dim, v.expand_k if expand_k is None else expand_k, num_heads, "expand_k")
         self.value_dim = V = head_width(dim, v.expand_v if expand_v is None else expand_v, num_heads, "expand_v")
+        if v.rope:
+            check_pairs(K)
         H = self.num_kv_heads
 
         self.widths = [K if v.multi_value else num_heads * K, K if v.multi_value else H * K, H * V]

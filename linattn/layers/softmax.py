@@ -11,7 +11,7 @@ from .decays import gate_dtype
 from .linear import Linear, residual_std
 from .linear_attention import head_width, kv_heads
 from .packing import check_input, sequence_of, sequences, token_positions
-from .position import rotate, rotation
+from .position import check_pairs, rotate, rotation
 
 
 class KeyValues:
@@ -75,6 +75,8 @@ class SoftmaxAttention(nn.Module):
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, kv_heads(num_heads, num_kv_heads)
         self.causal, self.theta = causal, theta
         self.head_dim = K = head_width(dim, 1, num_heads, "1")
+        if theta is not None:
+            check_pairs(K)
         self.q_proj, self.k_proj, self.v_proj = (Linear(dim, H * K, bias=bias) for H in (num_heads, self.num_kv_heads, self.num_kv_heads))
         self.o_proj = Linear(num_heads * K, dim, bias=bias, std=residual_std(num_layers))
         self.shard: Heads | None = None  # where a sequence lies on several processes: see `context_parallel.shard_sequence`

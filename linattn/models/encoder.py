@@ -41,6 +41,9 @@ class EncoderConfig:
     max_positions: int = 0  # learnt absolute positions, of sequences up to this length; 0: none
     rope_theta: float | None = 10000.0  # rotary positions of softmax attention; None: none. Linear variants have theirs by name
     post_norm: bool = True  # as BERT; False: pre-norm
+    embedding_norm: bool = True  # a LayerNorm before the first block, as BERT
+    final_norm: bool = False  # and one after the last; pre-norm blocks have it anyhow
+    tie_embeddings: bool = True  # the head ends in the embedding and a bias; False: in a matrix of its own
     layer_scale: float | None = None
     drop_path: float = 0.0
     norm_eps: float = 1e-6
@@ -62,7 +65,9 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "tiny": dict(dim=128, num_layers=4, num_heads=2),
     "small": dict(dim=384, num_layers=8, num_heads=6),
     "base": dict(dim=768, num_layers=12, num_heads=12),  # BERT base, arXiv:1810.04805
-    "molformer": dict(dim=768, num_layers=12, num_heads=12, mlp_ratio=1.0, norm_eps=1e-12),  # arXiv:2106.09553, variant="molformer"
+    "molformer": dict(  # arXiv:2106.09553, with variant="molformer"
+        dim=768, num_layers=12, num_heads=12, mlp_ratio=1.0, norm_eps=1e-12, embedding_norm=False, final_norm=True, tie_embeddings=False
+    ),
     "large": dict(dim=1024, num_layers=24, num_heads=16),
 }
 
@@ -84,7 +89,7 @@ class Encoder(nn.Module):
         self.parts_before = 0  # of every sequence, in other processes
         self.embedding = Embedding(c.vocab_size, c.dim)
         self.positions = Embedding(c.max_positions, c.dim) if c.max_positions else None
-        self.embedding_norm = nn.LayerNorm(c.dim, eps=c.norm_eps)
+        self.embedding_norm = nn.LayerNorm(c.dim, eps=c.norm_eps) if c.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(
             make_block(
                 c.variant, c.dim, c.num_heads, int(c.dim * c.mlp_ratio), gating=c.gating, theta=c.rope_theta, expand_k=c.expand_k,
@@ -93,9 +98,10 @@ class Encoder(nn.Module):
             )
             for i in range(c.num_layers)
         )  # fmt: skip
-        self.norm = nn.Identity() if c.post_norm else nn.LayerNorm(c.dim, eps=c.norm_eps)
+        self.norm = nn.Identity() if c.post_norm and not c.final_norm else nn.LayerNorm(c.dim, eps=c.norm_eps)
         self.head = nn.Sequential(Linear(c.dim, c.dim, bias=True), nn.GELU(), nn.LayerNorm(c.dim, eps=c.norm_eps))
-        self.head_bias = nn.Parameter(torch.zeros(c.vocab_size))
+        self.head_bias = nn.Parameter(torch.zeros(c.vocab_size)) if c.tie_embeddings else None
+        self.output = None if c.tie_embeddings else Linear(c.dim, c.vocab_size)
 
     @classmethod
     def create(cls, preset: str, *, vocab_size: int, variant: str = "lion_s_mlm", backend: str = "auto", **overrides) -> "Encoder":
@@ -125,7 +131,8 @@ class Encoder(nn.Module):
         return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        return F.linear(self.head(x), self.embedding.weight, self.head_bias)
+        x = self.head(x)
+        return F.linear(x, self.embedding.weight, self.head_bias) if self.output is None else self.output(x)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs for the backward pass, and compute the rest again."""

@@ -1,18 +1,23 @@
 """L²ViT, arXiv:2501.16182: a pyramid of blocks with window attention and global linear attention by turns."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..layers import MLP, Mixer, Variant
 from ..layers.decays import Place
 from ..layers.linear import Linear, without_weight_decay
 from . import storage
 from .bidirectional import DropPath
+from .config import check_fields
+from .features import classifier, handed_out, taken
 
 HEAD = 32  # channels of every head
 # max(q·Σk, 100), the paper's clamp, in its mean form: the operator divides by max(scale · q·Σk, 1e-6), so a scale of 1e-6 / 100 makes it
@@ -42,7 +47,7 @@ class L2ViTConfig:
             raise ValueError(f"window and in_chans must be at least 1, num_classes at least 0, drop_path in [0, 1); got {self}")
 
 
-L2VITS = {
+L2VITS: dict[str, dict[str, Any]] = {
     "l2vit_tiny": dict(),
     "l2vit_small": dict(depths=(2, 2, 18, 2)),
     "l2vit_base": dict(depths=(2, 2, 18, 2), dims=(128, 256, 512, 1024)),
@@ -108,19 +113,34 @@ class LocalConcentration(nn.Module):
 class L2Block(nn.Module):
     """Position by a depthwise 3 × 3, attention, then local concentration (global) or a second position (window), then MLP; all residual."""
 
-    def __init__(self, dim: int, *, window: int | None, num_layers: int, drop_path: float, backend: str):
+    def __init__(self, dim: int, *, window: int | None, drop_path: float, backend: str):
         super().__init__()
         self.position, self.norm1, self.norm2 = Depthwise(dim, 3), nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = GlobalAttention(dim, backend=backend) if window is None else WindowAttention(dim, window)
         self.norm3 = nn.LayerNorm(dim) if window is None else nn.Identity()
         self.local = LocalConcentration(dim) if window is None else Depthwise(dim, 3)
-        self.mlp, self.drop_path, self.is_global = MLP(dim, 4 * dim, num_layers=num_layers), _DropImage(drop_path), window is None
+        self.mlp, self.drop_path, self.is_global = MLP(dim, 4 * dim), _DropImage(drop_path), window is None
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.position(x)
         x = x + self.drop_path(self.attention(self.norm1(x)))
         x = x + (self.drop_path(self.local(self.norm3(x))) if self.is_global else self.local(x))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+@contextmanager
+def _at_rest(block: nn.Module):
+    """What a checkpointed block computes again has moved its running statistics once already."""
+    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]  # type: ignore[union-attr]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
 
 
 class _DropImage(DropPath):
@@ -140,15 +160,17 @@ class Down(nn.Module):
 
 
 class L2ViT(nn.Module):
-    """Images [B C h w] → logits; `l2vit_{tiny,small,base}` by `create`. Sides that are no multiple of 32 are filled up with zeros.
+    """Images [B C h w] of any size → logits; `l2vit_{tiny,small,base}` by `create`. Sides that are no multiple of 32 get zeros behind them.
 
-    forward_features gives [B h/32 w/32 dim]; forward_intermediates the pyramid, one [B dim rows columns] per stage.
+    The names and signatures of timm's pyramids hold for forward_features, forward_head, forward_intermediates, get_classifier,
+    reset_classifier and set_grad_checkpointing.
     """
 
     def __init__(self, config: L2ViTConfig, *, backend: str = "auto"):
         super().__init__()
         self.config = c = config
         self.num_classes, self.num_features = c.num_classes, c.dims[-1]
+        self.grad_checkpointing = False
         half, first, depth = c.dims[0] // 2, c.dims[0], sum(c.depths)
         self.stem = nn.Sequential(
             nn.Conv2d(c.in_chans, half, 3, 2, 1), nn.BatchNorm2d(half), nn.ReLU(), nn.Conv2d(half, first, 3, 2, 1), nn.BatchNorm2d(first)
@@ -160,33 +182,76 @@ class L2ViT(nn.Module):
             if stage:
                 self.downs.append(Down(c.dims[stage - 1], dim))
             windows = [None if i % 2 else c.window for i in range(blocks)]
-            how: dict[str, Any] = dict(num_layers=depth, backend=backend)
-            self.stages.append(nn.Sequential(*(L2Block(dim, window=window, drop_path=next(rates), **how) for window in windows)))
+            self.stages.append(nn.Sequential(*(L2Block(dim, window=window, drop_path=next(rates), backend=backend) for window in windows)))
         self.norm = nn.LayerNorm(c.dims[-1])
-        self.head: nn.Module = Linear(c.dims[-1], c.num_classes, bias=True) if c.num_classes else nn.Identity()
-        for conv in (module for module in self.modules() if isinstance(module, nn.Conv2d)):
-            nn.init.trunc_normal_(conv.weight, std=0.02)
-            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        self.head = classifier(c.dims[-1], c.num_classes)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
     @classmethod
-    def create(cls, name: str, *, in_chans: int = 3, num_classes: int = 1000, drop_path: float = 0.0, backend: str = "auto") -> "L2ViT":
-        """ValueError lists the known names."""
+    def create(cls, name: str, *, in_chans: int = 3, num_classes: int = 1000, backend: str = "auto", **overrides) -> "L2ViT":
+        """`l2vit_{tiny,small,base}`, other fields of `L2ViTConfig` by `overrides`, such as the paper's window=12 at 384².
+
+        ValueError lists the known names and fields.
+        """
         if name not in L2VITS:
             raise ValueError(f"name must be one of {list(L2VITS)}; got {name!r}")
-        sizes: dict = L2VITS[name]
-        return cls(L2ViTConfig(in_chans=in_chans, num_classes=num_classes, drop_path=drop_path, **sizes), backend=backend)
+        check_fields(overrides, "the config of L²ViT", L2ViTConfig)
+        fields: dict[str, Any] = L2VITS[name] | dict(in_chans=in_chans, num_classes=num_classes) | overrides
+        return cls(L2ViTConfig(**fields), backend=backend)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.forward_features(images).mean((1, 2)))
+        """images [B C h w] → logits [B num_classes], or pooled features where there is no head."""
+        return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
+        """[B h/32 w/32 dim] after the last norm."""
         return self.norm(self._stages(images)[-1])
 
-    def forward_intermediates(self, images: Tensor) -> list[Tensor]:
-        return [x.permute(0, 3, 1, 2) for x in self._stages(images)]
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """What forward_features gave → logits, or with pre_logits what the head would read."""
+        pooled = x.mean((1, 2))
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ):
+        """The pyramid as timm hands it out: features after the stages `indices`, [B dim rows columns], of strides 4, 8, 16 and 32.
+
+        (features as of forward_features, list), or the list alone; with stop_early the features are those of the last stage that was run.
+        norm: the last norm on the last stage. ValueError for another format than "NCHW" and stages that are not there.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW'; got {output_fmt!r}")
+        wanted, last = taken(indices, len(self.stages), "stages"), len(self.stages) - 1
+        stages = self._stages(x, max(wanted) + 1 if stop_early else None)
+        final = self.norm(stages[-1]) if len(stages) > last else stages[-1]
+        maps = [(final if norm and i == last else y).permute(0, 3, 1, 2) for i, y in enumerate(stages) if i in wanted]
+        return handed_out(None if intermediates_only else final, maps, None, as_dict=output_dict)
 
     def get_classifier(self) -> nn.Module:
         return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head, drawn anew; 0: none. global_pool: "mean" or None, which is the same."""
+        if global_pool not in (None, "mean"):
+            raise ValueError(f"global_pool must be 'mean' or None; got {global_pool!r}")
+        self.config = replace(self.config, num_classes=num_classes)
+        self.num_classes = num_classes
+        self.head = classifier(self.num_features, num_classes).to(self.norm.weight)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs for the backward pass, and compute the rest again."""
+        self.grad_checkpointing = enable
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors; see `linattn.models.storage.save`."""
@@ -201,16 +266,20 @@ class L2ViT(nn.Module):
         storage.load(model, config, Path(folder))
         return model
 
-    def _stages(self, images: Tensor) -> list[Tensor]:
+    def _stages(self, images: Tensor, count: int | None = None) -> list[Tensor]:
+        """[B h w dim] after each of the first `count` stages, None: all."""
         if images.ndim != 4 or images.shape[1] != self.config.in_chans or not images.numel() or not images.is_floating_point():
             wanted = f"[B {self.config.in_chans} h w], not empty"
             raise ValueError(f"images must be floating, {wanted}; got {images.dtype} {tuple(images.shape)}")
         step = 4 * 2 ** (len(self.stages) - 1)
         x = F.pad(images, (0, -images.shape[3] % step, 0, -images.shape[2] % step))
         x, outputs = self.stem_norm(self.stem(x).permute(0, 2, 3, 1)), []
-        for i, stage in enumerate(self.stages):
+        for i, stage in enumerate(self.stages[:count]):
             if i:
                 x = self.downs[i - 1](x)
-            x = stage(x)
+            for block in stage:  # type: ignore[attr-defined]
+                again = self.grad_checkpointing and torch.is_grad_enabled()
+                how: Any = dict(use_reentrant=False, context_fn=lambda block=block: (nullcontext(), _at_rest(block)))
+                x = checkpoint(block, x, **how) if again else block(x)
             outputs.append(x)
         return outputs

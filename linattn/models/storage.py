@@ -63,6 +63,15 @@ def read_config(folder: Path, kind: type[C]) -> C:
         raise ValueError(f"{path}: {error}") from None
 
 
+def model_type(folder: Path) -> str | None:
+    """What kind of model the config.json in `folder` says it is of; None where it does not."""
+    try:
+        values = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError):
+        return None
+    return values.get("model_type") if isinstance(values, dict) else None
+
+
 def load(model: nn.Module, config: Any, folder: Path) -> None:
     """Give `model` the weights in `folder`, in the dtypes they have there. ValueError says which names, shapes or config fields differ."""
     path, parameters = folder / WEIGHTS, model.state_dict(keep_vars=True)  # parameters, and buffers that are saved

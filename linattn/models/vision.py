@@ -14,6 +14,7 @@ from ..layers.variants import Gating, Variant
 from . import storage
 from .bidirectional import make_block
 from .config import check_fields
+from .features import classifier, handed_out, taken
 from .patches import Grid, Patches, Positions, as_list
 from .vision_config import POOLS, VisionConfig, preset
 
@@ -52,7 +53,7 @@ class VisionTransformer(nn.Module):
             for i in range(c.num_layers)
         )  # fmt: skip
         self.norm = nn.LayerNorm(c.dim, eps=c.norm_eps)
-        self.head: nn.Module = Linear(c.dim, c.num_classes, bias=True) if c.num_classes else nn.Identity()
+        self.head = classifier(c.dim, c.num_classes)
         with torch.no_grad():
             for linear in (module for module in self.modules() if c.init_scale != 1 and isinstance(module, Linear)):
                 linear.weight.mul_(c.init_scale)
@@ -105,30 +106,30 @@ class VisionTransformer(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        output_dict: bool = False,
     ):
         """Features after the blocks `indices` (None: all; n: the last n; negative: from the end), as timm's of that name.
 
         x [B C h w] → (features [B T dim] after the last norm, list), or the list alone. Its entries are [B dim rows columns], or with
         output_fmt="NLC" [B patches dim]; with return_prefix_tokens pairs of that and the prefix [B prefix dim]. norm: the last norm on
-        each. stop_early: blocks after the last index are not run.
+        each. stop_early: blocks after the last index are not run. output_dict: a dict of image_features, image_intermediates and
+        image_intermediates_prefix.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC'; got {output_fmt!r}")
-        count, taken = len(self.blocks), _indices(indices, len(self.blocks))
+        wanted = taken(indices, len(self.blocks))
         x, grids, cu_seqlens, curves = self._tokens(x)
         if cu_seqlens is not None:
             raise ValueError("forward_intermediates needs images of one size, [B C h w]; got a pack")
-        found: dict[int, Tensor] = {}
-        for i, block in enumerate(self.blocks[: max(taken) + 1] if stop_early else self.blocks):
+        found = []
+        for i, block in enumerate(self.blocks[: max(wanted) + 1] if stop_early else self.blocks):
             x = self._run(block, x, None, None, curves, None)
-            if i in taken:
-                found[i] = self.norm(x) if norm else x
-        outputs = []
-        for y in (found[i] for i in range(count) if i in found):
-            patches = y[:, self.num_prefix_tokens :]
-            patches = patches.mT.unflatten(2, grids[0]) if output_fmt == "NCHW" else patches
-            outputs.append((patches, y[:, : self.num_prefix_tokens]) if return_prefix_tokens else patches)
-        return outputs if intermediates_only else (self.norm(x), outputs)
+            if i in wanted:
+                found.append(self.norm(x) if norm else x)
+        maps = [y[:, self.num_prefix_tokens :] for y in found]
+        maps = [y.mT.unflatten(2, grids[0]) for y in maps] if output_fmt == "NCHW" else maps
+        prefixes = [y[:, : self.num_prefix_tokens] for y in found] if return_prefix_tokens else None
+        return handed_out(None if intermediates_only else self.norm(x), maps, prefixes, as_dict=output_dict)
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -140,9 +141,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"global_pool must be one of {list(POOLS)}; got {pool!r}")
         self.config = replace(self.config, num_classes=num_classes, pool=pool)
         self.num_classes, self.global_pool = num_classes, pool
-        reference = self.norm.weight
-        head = Linear(self.embed_dim, num_classes, bias=True) if num_classes else nn.Identity()
-        self.head = head.to(device=reference.device, dtype=reference.dtype)
+        self.head = classifier(self.embed_dim, num_classes).to(self.norm.weight)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Learn positions at another size from now on: those there are are interpolated once. Other sizes are taken without this too."""
@@ -241,12 +240,3 @@ class ImageAttention(nn.Module):
         if x.shape[1] != self.prefix + self.grid[0] * self.grid[1]:
             raise ValueError(f"x must have {self.prefix} tokens and a grid of {self.grid} patches; got {x.shape[1]} tokens")
         return self.layer(x, curves=snakes([self.grid], prefix=self.prefix, device=x.device))[0]
-
-
-def _indices(indices: int | Sequence[int] | None, count: int) -> set[int]:
-    if isinstance(indices, int):
-        indices = range(-indices, 0)
-    taken = {i + count if i < 0 else i for i in (range(count) if indices is None else indices)}
-    if not taken or min(taken) < 0 or max(taken) >= count:
-        raise ValueError(f"indices must name some of {count} blocks; got {indices!r}")
-    return taken

@@ -94,13 +94,13 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="features must be at least 1; got 0"):
         RandomFeatures(Place(16, 2, 8), features=0)
     with pytest.raises(ValueError, match="rotary positions turn pairs of channels: the head width must be even; got 5"):
-        LinearAttention(10, 2, "molformer", causal=False)(torch.zeros(1, 3, 10))
+        LinearAttention(10, 2, "molformer", causal=False)
     assert isinstance(LinearAttention(16, 2, "molformer").variant, Variant)
 
 
 def test_the_encoder_of_molformer():
-    """Post-norm, feed-forward as wide as the model: 46.8 M weights in the paper, of which ours ties 1.8 M, the head, to the embedding."""
+    """Post-norm, feed-forward as wide as the model, a norm at the end alone, a head of its own: the paper's 46.8 M weights."""
     with torch.device("meta"):
         model = Encoder.create("molformer", vocab_size=2362, variant="molformer")
-    assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - 45.0) < 0.1
+    assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - 46.8) < 0.05
     assert model.config.post_norm and model.blocks[0].attention.mixer.feature.key_dim == 32

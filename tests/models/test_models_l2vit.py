@@ -62,10 +62,46 @@ def test_sizes_of_the_paper(name):
 
 def test_the_pyramid():
     model, x = L2ViT(SMALL).eval(), torch.randn(2, 2, 30, 17)
-    first, second = model.forward_intermediates(x)
+    last, (first, second) = model.forward_intermediates(x)
     assert first.shape == (2, 32, 8, 6) and second.shape == (2, 64, 4, 3) and model(x).shape == (2, 5)
     torch.testing.assert_close(model(x)[:1], model(x[:1]))
-    assert isinstance(model.get_classifier(), nn.Linear)
+    assert torch.equal(last, model.forward_features(x))
+    (normed,) = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
+    assert torch.equal(normed, last.permute(0, 3, 1, 2))
+    early, (only,) = model.forward_intermediates(x, [0], stop_early=True)
+    assert torch.equal(only, first) and torch.equal(early.permute(0, 3, 1, 2), first)
+    found = model.forward_intermediates(x, output_dict=True)
+    assert found.keys() == {"image_features", "image_intermediates"} and torch.equal(found["image_features"], last)
+
+
+def test_the_classifier_can_be_reset():
+    model, x = L2ViT(SMALL).eval(), torch.randn(2, 2, 32, 32)
+    torch.testing.assert_close(model.get_classifier()(model.forward_head(model.forward_features(x), pre_logits=True)), model(x))
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3) and model.config.num_classes == 3
+    model.reset_classifier(0, "mean")
+    assert model(x).shape == (2, 64) and isinstance(model.get_classifier(), nn.Identity)
+
+
+def test_checkpointing_gives_the_same_gradients_and_running_statistics():
+    torch.manual_seed(0)
+    model, x = L2ViT(SMALL).train(), torch.randn(2, 2, 32, 32)
+    state, found = {name: t.clone() for name, t in model.state_dict().items()}, []
+    for enabled in (False, True):
+        model.load_state_dict(state)
+        model.set_grad_checkpointing(enabled)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()] + [b.clone() for b in model.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_weights_start_at_the_papers_width():
+    model = L2ViT.create("l2vit_tiny", depths=(2, 2), dims=(96, 192), window=12)
+    assert model.config.window == 12
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1 and weight.numel() > 5000:
+            assert abs(weight.std() / 0.02 - 1) < 0.05, name
 
 
 def test_gradients_reach_every_parameter():
@@ -86,6 +122,14 @@ def test_a_saved_model_is_the_same_model(tmp_path):
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"name must be one of \['l2vit_tiny', .*; got 'l2vit_huge'"):
         L2ViT.create("l2vit_huge")
+    with pytest.raises(ValueError, match="the config of L²ViT has no field 'img_size'"):
+        L2ViT.create("l2vit_tiny", img_size=384)  # it takes any size
+    with pytest.raises(ValueError, match="global_pool must be 'mean' or None; got 'max'"):
+        L2ViT(SMALL).reset_classifier(3, "max")
+    with pytest.raises(ValueError, match="indices must name some of 2 stages; got"):
+        L2ViT(SMALL).forward_intermediates(torch.zeros(1, 2, 32, 32), [2])
+    with pytest.raises(ValueError, match="output_fmt must be 'NCHW'; got 'NLC'"):
+        L2ViT(SMALL).forward_intermediates(torch.zeros(1, 2, 32, 32), output_fmt="NLC")
     with pytest.raises(ValueError, match="dims multiples of 32; got"):
         L2ViTConfig(dims=(90, 192, 384, 768))
     for images in (torch.zeros(1, 3, 32, 32), torch.zeros(1, 2, 0, 32), torch.zeros(2, 32, 32)):

@@ -134,6 +134,10 @@ def test_forward_intermediates():
     assert [(a.shape, b.shape) for a, b in pairs] == [((2, 24, 2, 3), (2, 2, 24))] * 2
     close(pairs[0][0], maps[0])
     close(model.forward_intermediates(x, [0], stop_early=True, intermediates_only=True)[0], maps[0])
+    named = model.forward_intermediates(x, 2, return_prefix_tokens=True, output_dict=True)
+    assert list(named) == ["image_intermediates", "image_intermediates_prefix", "image_features"]
+    close(named["image_features"], last)
+    assert [len(named[name]) for name in list(named)[:2]] == [2, 2] and named["image_intermediates_prefix"][0].shape == (2, 2, 24)
 
 
 def test_the_classifier_can_be_reset():
@@ -223,7 +227,7 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match=r"drop_path must lie in \[0, 1\); got 1"):
         VisionConfig(drop_path=1)
     with pytest.raises(ValueError, match="head width must be even; got 3"):
-        VisionTransformer.create("vit_tiny_retnet", **SMALL | dict(dim=6))(torch.zeros(1, 2, 16, 16))
+        VisionTransformer.create("vit_tiny_retnet", **SMALL | dict(dim=6))
     model = VisionTransformer.create("vit_tiny_gla", **SMALL)
     with pytest.raises(ValueError, match="global_pool must be one of"):
         model.reset_classifier(3, "max")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from linattn.models import VisionTransformer
+from linattn.models import L2ViT, VisionTransformer
 from linattn.train import images, recipes, train
 from linattn.train.data import standard_library
 from linattn.train.tasks import TASKS
@@ -89,6 +89,16 @@ def test_activations_computed_again_are_the_same(make, stripes, text, tmp_path, 
         monkeypatch.setattr(f"linattn.models.{module}.checkpoint", lambda *args, **how: again.append(args[0]) or real(*args, **how))
     assert curve(run(replace(config, checkpoint_activations=True), tmp_path / "again")) == curve(kept)
     assert len(again) == 3 * config.overrides["num_layers"]
+
+
+def test_l2vit_is_trained_and_teaches(stripes, tmp_path):
+    short = dict(steps=2, eval_every=2, save_every=2)
+    config = of_images(stripes, preset="l2vit_tiny", overrides=dict(depths=[2], dims=[32], window=2), **short)
+    run(config, tmp_path / "teacher")
+    (saved,) = (tmp_path / "teacher").glob("step-*2")
+    assert isinstance(TASKS["image"](config, None).load(saved), L2ViT)
+    told = dict(shift=0, teacher=str(tmp_path / "teacher"))
+    assert len(run(of_images(stripes, task="distillation", options=told, **short), tmp_path / "student").rows) == 3
 
 
 def test_rows_are_the_same_however_they_are_split(stripes, text):

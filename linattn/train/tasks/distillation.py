@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...models import VisionTransformer
 from .. import checkpoint
 from ..config import Config
-from .image import ImageOptions, ImageTask
+from .image import ImageOptions, ImageTask, classifier
 from .task import Batch
 
 
@@ -18,14 +17,14 @@ from .task import Batch
 class DistillationOptions(ImageOptions):
     """Those of images, and the teacher's."""
 
-    teacher: str = ""  # folder of a run or of a saved VisionTransformer
+    teacher: str = ""  # folder of a run or of a saved VisionTransformer or L2ViT
     temperature: float = 2.0
     weight: float = 0.7  # of the teacher's answers; the labels have the rest
 
     def __post_init__(self):
         super().__post_init__()
         if not self.teacher:
-            raise ValueError("teacher must be the folder of a run or of a saved vision transformer; got none")
+            raise ValueError("teacher must be the folder of a run or of a saved image model; got none")
         if self.temperature <= 0 or not 0 <= self.weight <= 1:
             raise ValueError(f"temperature must be above 0 and weight lie in [0, 1]; got {self.temperature} and {self.weight}")
 
@@ -38,7 +37,7 @@ class DistillationTask(ImageTask):
     def __init__(self, config: Config, saved: Path | None):
         super().__init__(config, saved)
         folder = checkpoint.find(Path(self.options.teacher), say=lambda message: None)
-        self.teacher = VisionTransformer.from_pretrained(folder, backend=config.backend).eval().requires_grad_(False)
+        self.teacher = classifier(folder, backend=config.backend).eval().requires_grad_(False)
         if self.teacher.num_classes != self.data.classes:
             raise ValueError(f"teacher must know {self.data.classes} classes; got one of {self.teacher.num_classes}")
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...models import VisionTransformer
+from ...models import L2ViT, L2ViTConfig, VisionTransformer
+from ...models.l2vit import L2VITS
+from ...models.storage import model_type
 from .. import images
 from ..config import Config
 from . import options
@@ -29,8 +31,14 @@ class ImageOptions:
             raise ValueError(f"shift must be at least 0 and smoothing lie in [0, 1); got {self.shift} and {self.smoothing}")
 
 
+def classifier(folder: Path, *, backend: str) -> Any:
+    """The image model saved in `folder`, of either kind."""
+    kind = L2ViT if model_type(folder) == L2ViTConfig.MODEL_TYPE else VisionTransformer
+    return kind.from_pretrained(folder, backend=backend)  # which says what is wrong with a folder of neither
+
+
 class ImageTask(Task):
-    """Rows are images; the model is `vit_{preset}_{variant}` with as many classes as there are labels."""
+    """Rows are images; the model is `vit_{preset}_{variant}`, or `preset` itself of L²ViT, with as many classes as there are labels."""
 
     metric = "accuracy"
     options_kind: type = ImageOptions
@@ -48,11 +56,15 @@ class ImageTask(Task):
         self.tokens_per_row = -(-height // patch) * -(-width // patch)
 
     def create(self) -> nn.Module:
-        name = f"vit_{self.config.preset}_{self.config.variant}"
-        return VisionTransformer.create(name, backend=self.config.backend, **self.sizes | self.config.overrides)
+        sizes, preset = dict(self.sizes), self.config.preset
+        if preset in L2VITS:  # of one patch, and of no size
+            return L2ViT.create(
+                preset, backend=self.config.backend, in_chans=sizes["in_chans"], num_classes=sizes["num_classes"], **self.config.overrides
+            )
+        return VisionTransformer.create(f"vit_{preset}_{self.config.variant}", backend=self.config.backend, **sizes | self.config.overrides)
 
     def load(self, folder: Path) -> nn.Module:
-        return VisionTransformer.from_pretrained(folder, backend=self.config.backend)
+        return classifier(folder, backend=self.config.backend)
 
     def batch(self, step: int, rows: range) -> Batch:
         pixels, labels = images.batch(
