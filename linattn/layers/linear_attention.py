@@ -11,7 +11,7 @@ from .convolution import ShortConvolution
 from .decays import Place, gate_dtype
 from .features import FEATURES
 from .linear import Linear, residual_std, without_weight_decay
-from .mixer import Mixer
+from .mixer import Mixer, two_curves
 from .norm import GatedRMSNorm
 from .packing import check_input, sequences, token_positions
 from .position import check_pairs, rotate, rotation
@@ -112,7 +112,8 @@ class LinearAttention(nn.Module):
         cu_seqlens [N+1] packs N sequences into x [1 T dim]; states are then those of N. mask [B T] bool, True for a real token: the others
         are as if they were not there, but that positions count them; with a state or a short convolution they must come first.
         curves [2 T] int64 where the layer has two. segment: the same y in less memory, where causal=False, from segments of so many tokens
-        at a time (1: the recurrent form): the states from the right are kept at their ends, and no q, k or v is longer than one.
+        at a time (1: the recurrent form): the states from the right are kept at their ends, and no q, k or v is longer than one. Of two
+        curves the sums [B T HQ V+1] are kept as well.
         """
         check_input(x, self.dim, cu_seqlens, mask)
         self._check_state(x, state, cu_seqlens, return_state)
@@ -121,15 +122,18 @@ class LinearAttention(nn.Module):
                 raise ValueError("part of a sequence takes x alone: no state, cu_seqlens, mask, curves, segment or return_state")
             return self._of_a_part(x, self.shard), None
         if segment is not None:
-            return self._by_segments(x, segment, cu_seqlens, mask), None
+            return self._by_segments(x, segment, cu_seqlens, mask, curves), None
         keep = return_state or state is not None
         recurrent, conv, seen = (None, None, None) if state is None else state
         q, k, v, conv = self._heads(x, conv, seen, cu_seqlens, mask, keep)
         o, recurrent = self.mixer(x, q, k, v, recurrent, cu_seqlens, mask, curves, return_state=keep)
         return self._out(x, v, o), LayerState(recurrent, conv, self._seen(x, seen, cu_seqlens)) if keep else None
 
-    def _heads(self, x, conv, seen, cu_seqlens, mask, keep):
-        """q [B T HQ K], k [B T H K], v [B T H V] as the mixer takes them, and the convolution's state."""
+    def _heads(self, x, conv, seen, cu_seqlens, mask, keep, positions=None):
+        """q [B T HQ K], k [B T H K], v [B T H V] as the mixer takes them, and the convolution's state.
+
+        positions [T] of the tokens; None: as they come, after `seen` others.
+        """
         variant = self.variant
         q, k, v = self._project(x)
         if self.conv is not None:
@@ -142,7 +146,7 @@ class LinearAttention(nn.Module):
         q, k = (heads(q), heads(k)) if k is not q else (heads(q),) * 2  # [B T H K]
         v = activation(v).unflatten(-1, (-1, self.value_dim))  # [B T H V]
         if variant.rope:
-            positions = token_positions(x.shape[1], seen, cu_seqlens, x.device)
+            positions = token_positions(x.shape[1], seen, cu_seqlens, x.device) if positions is None else positions
             table = rotation(positions, self.key_dim, dtype=gate_dtype(x))
             q, k = rotate(q, table), rotate(k, table)
         return q, k, v, conv
@@ -177,26 +181,46 @@ class LinearAttention(nn.Module):
             o = o + self.D[:, None].to(v.dtype) * v
         return self.o_proj(self.norm(o, None if self.g_proj is None else self.g_proj(x)))
 
-    def _by_segments(self, x, segment, cu_seqlens, mask):
+    def _by_segments(self, x, segment, cu_seqlens, mask, curves):
         """Right to left for the state that each segment meets from its right, then left to right with both."""
         if not isinstance(segment, int) or segment < 1:
             raise ValueError(f"segment must be a whole number of tokens, at least 1; got {segment!r}")
-        if self.mixer.causal or self.mixer.curves == 2 or self.conv is not None or cu_seqlens is not None:
-            raise ValueError("segment needs causal=False, one curve, no short convolution and no cu_seqlens")
+        if self.mixer.causal or self.conv is not None or cu_seqlens is not None:
+            raise ValueError("segment needs causal=False, no short convolution and no cu_seqlens")
+        both = self.mixer.second_decay is not None
+        curves = two_curves(curves, x.shape[1]) if both else None
 
         def attend(start, left, right):
-            part, real = x[:, start : start + segment], None if mask is None else mask[:, start : start + segment]
-            seen = torch.full(x.shape[:1], start, device=x.device)
-            q, k, v, _ = self._heads(part, None, seen, None, real, False)
-            o, state = self.mixer(part, q, k, v, _facing(left, right), None, real, start=start, return_state=True)
-            return part, v, o, state
+            """v (of one curve), o and the state of the tokens from `start` on."""
+            stop, facing = start + segment, _facing(left, right)
+            if not both:
+                part, real = x[:, start:stop], None if mask is None else mask[:, start:stop]
+                seen = torch.full(x.shape[:1], start, device=x.device)
+                q, k, v, _ = self._heads(part, None, seen, None, real, False)
+                return v, *self.mixer(part, q, k, v, facing, None, real, start=start, return_state=True)
+            sides = []
+            for at in curves[:, start:stop]:
+                part, real = x[:, at], None if mask is None else mask[:, at]
+                sides.append((part, *self._heads(part, None, None, None, real, False, positions=at)[:3], real))
+            return None, *self.mixer.pair(sides, facing, start=start, return_state=True)
 
         starts, rights, left, y = range(0, x.shape[1], segment), [None], None, torch.empty_like(x)
         for start in reversed(starts[1:]):
-            rights.append(_side(attend(start, None, rights[-1])[3], 1))
+            rights.append(_side(attend(start, None, rights[-1])[2], 1))
+        total = None
         for start in starts:
-            part, v, o, state = attend(start, left, rights.pop())
-            y[:, start : start + segment], left = self._out(part, v, o), _side(state, 0)
+            v, o, state = attend(start, left, rights.pop())
+            left, stop = _side(state, 0), start + segment
+            if not both:
+                y[:, start:stop] = self._out(x[:, start:stop], v, o)
+                continue
+            total = o.new_zeros(*x.shape[:2], o.shape[2] // 2, o.shape[3]) if total is None else total
+            for half, order in zip(o.chunk(2, 2), curves, strict=True):
+                total[:, order[start:stop]] += half  # each curve meets a token once
+        if both:
+            for start in starts:
+                part = slice(start, start + segment)
+                y[:, part] = self._out(x[:, part], None, self.mixer.mean(total[:, part]))
         return y
 
     def _seen(self, x, seen, cu_seqlens):

@@ -113,16 +113,13 @@ class Mixer(nn.Module):
         if attend is not None and self.probe is None and not (alone and state is not None):
             how: dict[str, Any] = dict(causal=self.causal, cu_seqlens=cu_seqlens, return_state=return_state, backend=self.backend)
             return attend(q, k, v, state, mask, **how)
-        q, k = self.feature(q, k)
-        if self.variant.multi_value:
-            q, k = (t.expand(-1, -1, v.shape[2], -1) for t in (q, k))
-        beta = None if self.b_proj is None else self.b_proj(x).to(gate_dtype(x)).sigmoid()
-        if write is not None:
-            v, beta = (v * write[..., None].to(v.dtype), None) if beta is None else (v, beta * write)
         if self.probe is not None and shard is not None:
             raise ValueError("a layer of a sequence in several processes cannot be probed")
         if self.second_decay is not None:
-            return self._along_both(x, q, k, v, beta, cu_seqlens, mask, _two(curves, x.shape[1])), None
+            return self._along_both(x, q, k, v, cu_seqlens, mask, two_curves(curves, x.shape[1])), None
+        q, k, beta = self._queries_and_keys(x, q, k, v)
+        if write is not None:
+            v, beta = (v * write[..., None].to(v.dtype), None) if beta is None else (v, beta * write)
         how = dict(normalize=self.variant.normalize, scale=self.variant.scale, offset=self.variant.offset, backend=self.backend)
         if mask is not None and how["offset"]:  # the constant key is one more channel, which padding must not have either
             scale = self.key_dim**-0.5 if how["scale"] is None else how["scale"]
@@ -147,37 +144,53 @@ class Mixer(nn.Module):
             log_decay = log_decay.masked_fill(front.view(-1, *[1] * (log_decay.ndim - 2)), 0.0)
         return (k, v, log_decay) if mask is None else silence(mask, k, v, log_decay)
 
-    def _along_both(self, x, q, k, v, beta, cu_seqlens, mask, curves):
-        """The heads twice, each half in the order of its curve; numerators and denominators are added before the one division."""
-        variant, normal = self.variant, self.variant.normalize
-        sides = [self._write(decay, x, k, v, cu_seqlens, mask) for decay in (self.decay, self.second_decay)]
-        k, v, log_decay = zip(*sides, strict=True)
-        if normal:
-            v = tuple(F.pad(t, (0, 1), value=1.0) for t in v)  # a value of 1 sums up to the denominator
+    def _along_both(self, x, q, k, v, cu_seqlens, mask, curves):
+        """o [B T HQ V], where both curves are at hand as a whole."""
+        along = lambda order: [None if t is None else t[:, order] for t in (x, q, k, v, mask)]
+        o, _ = self.pair([along(order) for order in curves], orders=curves, cu_seqlens=cu_seqlens)
+        first, second = (half[:, order.argsort()] for half, order in zip(o.chunk(2, 2), curves, strict=True))
+        return self.mean(first + second)
+
+    def pair(self, sides, state=None, *, orders: Tensor | None = None, start: int = 0, cu_seqlens=None, return_state: bool = False):
+        """Tokens x, q, k, v and mask of each of two curves, in its order → o [B T 2·HQ V], and the row sum where the variant is normalised:
+        the heads twice. What is said of one token by both curves goes through `mean`."""
+        heads = []
+        for decay, (x, q, k, v, mask) in zip((self.decay, self.second_decay), sides, strict=True):
+            q, k, beta = self._queries_and_keys(x, q, k, v)
+            k, v, log_decay = self._write(decay, x, k, v, cu_seqlens, mask, start)
+            v = F.pad(v, (0, 1), value=1.0) if self.variant.normalize else v  # a value of 1 sums up to the denominator
+            heads.append((q, k, v, log_decay, beta))
         how: dict[str, Any] = dict(
-            causal=False, gating=self.gating, normalize=False, scale=variant.scale, offset=variant.offset, backend=self.backend
+            causal=False, gating=self.gating, normalize=False, scale=self.variant.scale, offset=self.variant.offset, backend=self.backend
         )
-        pick = lambda t, order: t if t is None or t.ndim == 1 else t[:, order]
-        along = [[pick(t, order) for t in (q, *side, beta)] for side, order in zip(zip(k, v, log_decay), curves, strict=True)]
         if self.probe is None and self.second_probe is None:
             lay = lambda pair: None if pair[0] is None else torch.cat(pair, min(pair[0].ndim - 1, 2))
-            halves = operate(*map(lay, zip(*along, strict=True)), None, cu_seqlens, **how)[0].chunk(2, 2)
-        else:  # each curve is a walk of its own, which can be seen and edited
-            halves = []
-            for probe, tensors, order in zip((self.probe, self.second_probe), along, curves, strict=True):
-                if probe is None:
-                    o, _ = operate(*tensors, None, cu_seqlens, **how)
-                else:
-                    o, _ = probe(
-                        operate, x[:, order], *tensors, None, cu_seqlens, pick(mask, order), return_state=False, how=how, order=order
-                    )
-                halves.append(o)
-        first, second = (half[:, order.argsort()] for half, order in zip(halves, curves, strict=True))
-        o = (first + second) / 2
+            return operate(*map(lay, zip(*heads, strict=True)), state, cu_seqlens, return_state=return_state, **how)
+        if orders is None:
+            raise ValueError("segments of two curves cannot be probed: give segment=None")
+        halves = []  # each curve is a walk of its own, which can be seen and edited
+        for probe, order, tensors, (x, *_, mask) in zip((self.probe, self.second_probe), orders, heads, sides, strict=True):
+            if probe is None:
+                o, _ = operate(*tensors, None, cu_seqlens, **how)
+            else:
+                o, _ = probe(operate, x, *tensors, None, cu_seqlens, mask, return_state=False, how=how, order=order)
+            halves.append(o)
+        return torch.cat(halves, 2), None
+
+    def mean(self, total: Tensor) -> Tensor:
+        """Of the sum of both curves: the mean, or numerators over denominators, which are divided here and only here."""
+        normal = self.variant.normalize
         if not normal:
-            return o
-        total = o[..., -1:]
-        return o[..., :-1] / (total.clamp(min=EPS) if normal == "clamp" else total + EPS)
+            return total / 2
+        o, row = total[..., :-1], total[..., -1:]
+        return o / (row.clamp(min=2 * EPS) if normal == "clamp" else row + 2 * EPS)
+
+    def _queries_and_keys(self, x, q, k, v):
+        """q and k after the feature map, with a head for each of v, and beta of the delta rule."""
+        q, k = self.feature(q, k)
+        if self.variant.multi_value:
+            q, k = (t.expand(-1, -1, v.shape[2], -1) for t in (q, k))
+        return q, k, None if self.b_proj is None else self.b_proj(x).to(gate_dtype(x)).sigmoid()
 
 
 def operate(q, k, v, log_decay, beta, state, cu_seqlens, *, causal, gating, **how):
@@ -191,7 +204,8 @@ def operate(q, k, v, log_decay, beta, state, cu_seqlens, *, causal, gating, **ho
     return linear_attention(q, k, v, log_decay, beta, causal=causal, gating=gating, initial_state=state, cu_seqlens=cu_seqlens, **how)
 
 
-def _two(curves: Tensor | None, T: int) -> Tensor:
+def two_curves(curves: Tensor | None, T: int) -> Tensor:
+    """`curves`, if they are two permutations of T tokens by their shape."""
     if curves is None or curves.shape != (2, T) or curves.dtype != torch.int64:
         got = None if curves is None else f"{curves.dtype} {tuple(curves.shape)}"
         raise ValueError(f"curves must be int64 [2 T] = (2, {T}), as `linattn.layers.snakes` makes them of a grid; got {got}")

@@ -78,7 +78,7 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Images, *, segment: int | None = None) -> Tensor:
         """images [B C h w], or a pack of N images [C h w] → logits [B or N num_classes], or pooled features where there is no head.
 
-        segment: inference in less memory, so many tokens at a time, as in `LinearAttention`; not with a pack or two curves.
+        segment: inference in less memory, so many tokens at a time, as in `LinearAttention`; not with a pack.
         """
         return self.forward_head(self.forward_features(images, segment=segment))
 

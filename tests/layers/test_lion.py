@@ -115,6 +115,18 @@ def test_segments_of_any_length_give_the_same(name):
         torch.testing.assert_close(layer(x, mask=real, segment=4)[0][real], layer(x, mask=real)[0][real], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", [name for name in CURVED if not VARIANTS[name].conv])
+def test_segments_of_two_curves_give_the_same(name):
+    layer, x, order = make(name, prefix=1, curves=2), torch.randn(2, T, DIM, dtype=torch.float64), snakes([GRID], prefix=1)
+    real = torch.rand(2, T) < 0.7
+    for mask in (None, real):
+        whole = layer(x, mask=mask, curves=order)[0]
+        for segment in (1, 5, 100):
+            with torch.no_grad():
+                y = layer(x, mask=mask, curves=order, segment=segment)[0]
+            torch.testing.assert_close(y, whole, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("curves", [1, 2])
 @pytest.mark.parametrize("name", [name for name in LIONS if "lit" not in name])
 def test_gates_learn(name, curves):
@@ -182,6 +194,8 @@ def test_bad_arguments():
             LinearAttention(DIM, HEADS, "lion_d", **options)
     with pytest.raises(ValueError, match="segment must be a whole number of tokens, at least 1; got 0"):
         make("lion_d")(x, segment=0)
+    with pytest.raises(ValueError, match=r"curves must be int64 \[2 T\] = \(2, 13\).*; got None"):
+        layer(x, segment=4)
     with pytest.raises(ValueError, match="no short convolution"):
         make("kda")(x, segment=4)
     with pytest.raises(ValueError, match="segment needs causal=False"):

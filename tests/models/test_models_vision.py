@@ -93,7 +93,7 @@ def test_padding_fills_the_last_patches_with_zeros():
     assert VisionConfig(img_size=(14, 9), patch_size=4, pad=True).grid == (4, 3)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_lion_s", "vit_tiny_lion_lit", "vit_tiny_gla"])
+@pytest.mark.parametrize("name", ["vit_tiny_lion_s", "vit_tiny_lion_lit", "vit_tiny_gla", "vit_tiny_lion_d_natural"])
 def test_segments_give_the_same_logits(name):
     model, x = make(name), image(2, 2, 16, 16)
     with torch.no_grad():
