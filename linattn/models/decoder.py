@@ -1,7 +1,6 @@
 """The decoder: tokens → logits, for training, prefill and decoding, over any of the attention layers."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -10,15 +9,16 @@ from torch.utils.checkpoint import checkpoint
 
 from ..layers.context_parallel import shard_sequence
 from ..layers.linear import Embedding, Linear
-from . import generation, storage
+from . import generation
 from .block import make_block
 from .config import DecoderConfig, check_fields
 from .presets import PRESETS
+from .storage import Storable
 
 IGNORE = -100  # a target that takes no part in the loss
 
 
-class Decoder(nn.Module):
+class Decoder(Storable):
     """Embedding, `num_layers` blocks, RMSNorm, and the embedding again (or a head of its own) as output.
 
         model = Decoder.create("tiny", variant="gla", vocab_size=256)
@@ -30,6 +30,8 @@ class Decoder(nn.Module):
     The state is a tuple with one entry per layer, constant in size but for those of softmax layers.
     backend as in `linattn.linear_attention`.
     """
+
+    CONFIG_KIND = DecoderConfig
 
     def __init__(self, config: DecoderConfig, *, backend: str = "auto"):
         super().__init__()
@@ -121,19 +123,6 @@ class Decoder(nn.Module):
 
     stream = generation.stream  # tokens [B], one after the other
     generate = generation.generate  # all of them
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors; see `linattn.models.storage.save`."""
-        storage.save(self, self.config, Path(folder))
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, backend: str = "auto") -> "Decoder":
-        """The decoder saved in `folder`, in the dtypes it was saved in. ValueError or FileNotFoundError says what is wrong with it."""
-        config = storage.read_config(Path(folder), DecoderConfig)
-        with torch.random.fork_rng(devices=()):  # a start that is overwritten at once draws no one's numbers
-            model = cls(config, backend=backend)
-        storage.load(model, config, Path(folder))
-        return model
 
 
 def check_tokens(tokens: Tensor, vocab_size: int, name: str) -> None:

@@ -1,7 +1,6 @@
 """The encoder: tokens that see both sides → features, and the logits of masked ones, for text, molecules or any other alphabet."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,10 +14,10 @@ from ..layers.context_parallel import shard_sequence
 from ..layers.linear import Embedding, Linear
 from ..layers.packing import token_positions
 from ..layers.variants import Gating
-from . import storage
 from .bidirectional import make_block
 from .config import check_fields
 from .decoder import IGNORE, check_tokens
+from .storage import Storable
 
 VARIANTS_OF_ENCODERS = (*VARIANTS, "softmax")
 
@@ -72,7 +71,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 
 
-class Encoder(nn.Module):
+class Encoder(Storable):
     """Embedding, LayerNorm, blocks, and BERT's head of masked tokens: Linear, GELU, LayerNorm, the embedding again with a bias.
 
         model = Encoder.create("tiny", vocab_size=260, variant="lion_s_mlm")
@@ -81,6 +80,8 @@ class Encoder(nn.Module):
     Padding writes nothing and nothing is forgotten at it, so that the real tokens are as if it were not there; but that learnt and rotary
     positions count it and short convolutions see zeros in its place. backend as in `linattn.linear_attention`.
     """
+
+    CONFIG_KIND = EncoderConfig
 
     def __init__(self, config: EncoderConfig, *, backend: str = "auto"):
         super().__init__()
@@ -142,19 +143,6 @@ class Encoder(nn.Module):
         """Be given, from now on, one part of every sequence: see `linattn.layers.context_parallel`. group: a process group of torch."""
         shard_sequence(self, group, by)
         self.parts_before = dist.get_rank(group)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors; see `linattn.models.storage.save`."""
-        storage.save(self, self.config, Path(folder))
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, backend: str = "auto") -> "Encoder":
-        """The encoder saved in `folder`, in the dtypes it was saved in. ValueError or FileNotFoundError says what is wrong with it."""
-        config = storage.read_config(Path(folder), EncoderConfig)
-        with torch.random.fork_rng(devices=()):
-            model = cls(config, backend=backend)
-        storage.load(model, config, Path(folder))
-        return model
 
     def _positions(self, T: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
         begin = self.parts_before * T

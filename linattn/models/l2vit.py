@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from ..layers import MLP, Mixer, Variant
 from ..layers.decays import Place
 from ..layers.linear import Linear, without_weight_decay
-from . import storage
 from .bidirectional import DropPath
 from .config import check_fields
 from .features import classifier, handed_out, taken
+from .storage import Storable
 
 HEAD = 32  # channels of every head
 # max(q·Σk, 100), the paper's clamp, in its mean form: the operator divides by max(scale · q·Σk, 1e-6), so a scale of 1e-6 / 100 makes it
@@ -159,12 +158,14 @@ class Down(nn.Module):
         return self.conv(self.norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class L2ViT(nn.Module):
+class L2ViT(Storable):
     """Images [B C h w] of any size → logits; `l2vit_{tiny,small,base}` by `create`. Sides that are no multiple of 32 get zeros behind them.
 
     The names and signatures of timm's pyramids hold for forward_features, forward_head, forward_intermediates, get_classifier,
     reset_classifier and set_grad_checkpointing.
     """
+
+    CONFIG_KIND = L2ViTConfig
 
     def __init__(self, config: L2ViTConfig, *, backend: str = "auto"):
         super().__init__()
@@ -252,19 +253,6 @@ class L2ViT(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs for the backward pass, and compute the rest again."""
         self.grad_checkpointing = enable
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors; see `linattn.models.storage.save`."""
-        storage.save(self, self.config, Path(folder))
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, backend: str = "auto") -> "L2ViT":
-        """The model saved in `folder`. ValueError or FileNotFoundError says what is wrong with it."""
-        config = storage.read_config(Path(folder), L2ViTConfig)
-        with torch.random.fork_rng(devices=()):
-            model = cls(config, backend=backend)
-        storage.load(model, config, Path(folder))
-        return model
 
     def _stages(self, images: Tensor, count: int | None = None) -> list[Tensor]:
         """[B h w dim] after each of the first `count` stages, None: all."""

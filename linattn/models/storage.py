@@ -4,8 +4,9 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -13,8 +14,29 @@ from torch import Tensor, nn
 from .config import check_fields
 
 C = TypeVar("C")
+M = TypeVar("M", bound="Storable")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FLOATING = ("F64", "F32", "BF16", "F16")  # as safetensors calls them
+
+
+class Storable(nn.Module):
+    """A model made by `cls(config, backend=…)` of a frozen dataclass, which can be saved to a folder and read from it."""
+
+    CONFIG_KIND: ClassVar[type]
+    config: Any
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors; see `linattn.models.storage.save`."""
+        save(self, self.config, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls: type[M], folder: str | Path, *, backend: str = "auto") -> M:
+        """The model saved in `folder`, in the dtypes it was saved in. ValueError or FileNotFoundError says what is wrong with it."""
+        config: Any = read_config(Path(folder), cls.CONFIG_KIND)
+        with torch.random.fork_rng(devices=()):  # a start that is overwritten at once draws no one's numbers
+            model = cls(config, backend=backend)
+        load(model, config, Path(folder))
+        return model
 
 
 def save(model: nn.Module, config: Any, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +10,17 @@ from torch.utils.checkpoint import checkpoint
 from ..layers import LinearAttention, snakes
 from ..layers.linear import Linear, without_weight_decay
 from ..layers.variants import Gating, Variant
-from . import storage
 from .bidirectional import make_block
 from .config import check_fields
 from .features import classifier, handed_out, taken
 from .patches import Grid, Patches, Positions, as_list
+from .storage import Storable
 from .vision_config import POOLS, VisionConfig, preset
 
 Images = Tensor | Sequence[Tensor]
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Storable):
     """Patches, class token and registers, blocks, LayerNorm, and a linear head on what `pool` says: ViT, arXiv:2010.11929.
 
         model = VisionTransformer.create("vit_tiny_lion_d", img_size=224, num_classes=10)
@@ -33,6 +32,8 @@ class VisionTransformer(nn.Module):
     Variants that have a short convolution keep it as it is: causal, along the rows of the image.
     backend as in `linattn.linear_attention`.
     """
+
+    CONFIG_KIND = VisionConfig
 
     def __init__(self, config: VisionConfig, *, backend: str = "auto"):
         super().__init__()
@@ -153,19 +154,6 @@ class VisionTransformer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs for the backward pass, and compute the rest again."""
         self.grad_checkpointing = enable
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors; see `linattn.models.storage.save`."""
-        storage.save(self, self.config, Path(folder))
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, backend: str = "auto") -> "VisionTransformer":
-        """The model saved in `folder`, in the dtypes it was saved in. ValueError or FileNotFoundError says what is wrong with it."""
-        config = storage.read_config(Path(folder), VisionConfig)
-        with torch.random.fork_rng(devices=()):
-            model = cls(config, backend=backend)
-        storage.load(model, config, Path(folder))
-        return model
 
     def _tokens(self, images: Images) -> tuple[Tensor, list[Grid], Tensor | None, Tensor | None]:
         """Tokens [B T dim], or [1 T dim] of a pack, with their grids, cu_seqlens (None: no pack) and curves (None: one)."""
