@@ -165,7 +165,8 @@ class Mixer(nn.Module):
         )
         if self.probe is None and self.second_probe is None:
             lay = lambda pair: None if pair[0] is None else torch.cat(pair, min(pair[0].ndim - 1, 2))
-            return operate(*map(lay, zip(*heads, strict=True)), state, cu_seqlens, return_state=return_state, **how)
+            tensors: Any = map(lay, zip(*heads, strict=True))
+            return operate(*tensors, state, cu_seqlens, return_state=return_state, **how)
         if orders is None:
             raise ValueError("segments of two curves cannot be probed: give segment=None")
         halves = []  # each curve is a walk of its own, which can be seen and edited
