@@ -151,7 +151,7 @@ class Mixer(nn.Module):
         first, second = (half[:, order.argsort()] for half, order in zip(o.chunk(2, 2), curves, strict=True))
         return self.mean(first + second)
 
-    def pair(self, sides, state=None, *, orders: Tensor | None = None, start: int = 0, cu_seqlens=None, return_state: bool = False):
+    def pair(self, sides, state=None, *, orders=None, start=0, cu_seqlens=None, return_state=False):
         """Tokens x, q, k, v and mask of each of two curves, in its order → o [B T 2·HQ V], and the row sum where the variant is normalised:
         the heads twice. What is said of one token by both curves goes through `mean`."""
         heads = []
@@ -165,8 +165,7 @@ class Mixer(nn.Module):
         )
         if self.probe is None and self.second_probe is None:
             lay = lambda pair: None if pair[0] is None else torch.cat(pair, min(pair[0].ndim - 1, 2))
-            tensors: Any = map(lay, zip(*heads, strict=True))
-            return operate(*tensors, state, cu_seqlens, return_state=return_state, **how)
+            return operate(*map(lay, zip(*heads, strict=True)), state, cu_seqlens, return_state=return_state, **how)
         if orders is None:
             raise ValueError("segments of two curves cannot be probed: give segment=None")
         halves = []  # each curve is a walk of its own, which can be seen and edited
