@@ -118,7 +118,7 @@ def instruction_set(name: str):
     best = torch.ops.linattn.isa(None)
     try:
         torch.ops.linattn.isa(name)
-    except RuntimeError as refused:
+    except (RuntimeError, ValueError) as refused:  # by the version of torch
         pytest.skip(str(refused))
     try:
         yield
