@@ -1,4 +1,7 @@
-"""The command line: options become arguments, errors become one line. Nothing is computed here, nothing heavy imported before its use."""
+"""The command line: options become arguments, errors become one line. Nothing is computed here, nothing heavy imported before its use.
+
+Longer than other files, because an option and its help stand nowhere else.
+"""
 
 import json
 import os
