@@ -56,8 +56,8 @@ def rows(pairs=PAIRS):
     return list(range(2 * pairs, 4 * pairs, 2))
 
 
-def learnt(*, layers=1, heads=1, keys_alone=False, steps=600):
-    torch.manual_seed(0)
+def learnt(*, layers=1, heads=1, keys_alone=False, steps=600, seed=0):
+    torch.manual_seed(seed)
     width = dict(expand_k=0.5 * heads, expand_v=0.5 * heads, mlp_dim=16 if layers == 1 else 128)  # K = V = 32
     model = Decoder.create("tiny", vocab_size=2 * WORDS + 1, variant="gated_delta", dim=64, num_layers=layers, num_heads=heads,
                            tie_embeddings=False, **width)  # fmt: skip
@@ -105,8 +105,11 @@ class Told:
 @pytest.fixture(scope="module")
 def clean():
     torch.set_num_threads(1)
-    model, untrained = learnt(keys_alone=True)
-    told = Told(model)
+    for seed in range(3):  # another start may be needed on another machine: the last bits decide when the keys are found
+        model, untrained = learnt(keys_alone=True, steps=1000, seed=seed)
+        told = Told(model)
+        if min(told.before) >= 0.99:
+            break
     with probe(untrained, keep=("writes", "reads")) as u, torch.no_grad():
         untrained(told.tokens)
     return SimpleNamespace(model=model, told=told, trace=told.p[0], untrained=u[0])
