@@ -2,6 +2,7 @@
 
 A call on tensors without memory ("meta") gives the list of launches; each is compiled for its target. Read back are registers, spills,
 shared memory, matrix instructions, asynchronous copies and traps, and bytes and FLOPs per token and head are counted from the launches.
+Over 300 lines, because compiling, reading back and judging are one table's row.
 """
 
 import contextlib
