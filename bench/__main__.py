@@ -195,7 +195,7 @@ def vision(
     try:
         out.mkdir(parents=True, exist_ok=True)
         if part == "resolution":
-            resolution.save(path, resolution.run(variant, size, device, say), **facts)
+            resolution.save(path, resolution.run(variant, size, device, say), **facts, switches_of_times=resolution.KEEP_PAGES)
         elif part in learning.PARTS:
             tasks = learning.pick(part, task)
             rows, complete = learning.run(tasks, path.with_suffix(".jsonl"), seeds, say, variant, steps, device)

@@ -49,12 +49,15 @@ VARIANTS = (
     *(_with(f"{name}, no positions", name, positions=False) for name in ("lion_d", "lion_s")),
     *(_with(name, name, positions=True) for name in ("lion_d", "lion_s")),
 )
-DIRECTIONS = tuple(
-    _with(f"{name}, {words}", name, positions=True, causal=causal)
-    for name in ("lion_s", "lion_lit")
-    for words, causal in (("both directions", False), ("causal", True))
+DIRECTIONS = (
+    _with("lion_s, both directions", "lion_s", positions=True),
+    _with("lion_s, causal", "lion_s", positions=True, causal=True),
+    _with("lion_lit, both directions", "lion_lit", positions=True),  # no decay, and else the same
 )
-LISTOPS = dict(count=20_000, lengths=(8, 40), max_depth=3, max_args=4)
+LISTOPS = dict(count=20_000, lengths=(4, 20), max_depth=2, max_args=4)
+# A token's own part, of one pixel or symbol, has a std of 0.1 here: positions that start at the preset's 0.4 would drown it. Of the rates
+# 3e-3 (the recipe's) and 8e-3 the first is better for all three at seed 0.
+ONE_BY_ONE = dict(num_layers=2, patch_size=1, position_std=0.1)
 PARTS: dict[str, dict[str, Task]] = {  # part of the bench → its tasks by name
     "accuracy": {
         "mnist5k": Task(
@@ -69,11 +72,11 @@ PARTS: dict[str, dict[str, Task]] = {  # part of the bench → its tasks by name
     "longrange": {
         "pixels": Task(
             title="scikit-learn's digits pixel by pixel: 64 tokens", cases=DIRECTIONS,
-            config=dict(options={"dataset": "digits"}, steps=400, batch=32), overrides=dict(num_layers=2, patch_size=1),
+            config=dict(options={"dataset": "digits"}, steps=400, batch=32), overrides=ONE_BY_ONE,
         ),
         "listops": Task(
             title="ListOps: {lengths[0]} to {lengths[1]} symbols, {max_depth} deep, up to {max_args} arguments".format(**LISTOPS),
-            cases=DIRECTIONS, config=dict(options={"shift": 0}, steps=600, held_out=0.1), overrides=dict(num_layers=2, patch_size=1),
+            cases=DIRECTIONS, config=dict(options={"shift": 0}, steps=500, held_out=0.1), overrides=ONE_BY_ONE,
             make=lambda path: listops.save(path, **LISTOPS),
         ),
     },

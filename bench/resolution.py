@@ -1,6 +1,7 @@
 """The only place that measures what large images cost a vision transformer: time and memory against the number of patches."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,19 +18,23 @@ VARIANTS = ("softmax", "linear", "gla", "lion_d", "lion_s", "lion_s_natural")
 SIZES = (224, 448, 1024)
 MODES = ("forward", "forward+backward")
 ROUNDS = 3
+# glibc gives the pages of freed tensors back and faults them in again, in every layer of every variant: 70,000 faults, or 0.17 s, in a
+# forward of 4096 patches. This has it keep them, as jemalloc and tcmalloc do.
+KEEP_PAGES = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
 
 
 def run(variants: list[str] | None, sizes: list[int] | None, device: str, say: Callable[[str], None]) -> list[dict]:
     """`vit_tiny_{variant}`, B = 1: time and peak memory of each variant, size and mode.
 
     Times are the best of ROUNDS, in which the variants take turns, so that a machine that is busy for a while is so for all of them; memory
-    is measured in a process per point. On a CPU one thread in float32, and the thread's own time; on a GPU bfloat16, and the clock.
+    is measured in a process per point. On a CPU one thread in float32, and the thread's own time, with KEEP_PAGES; on a GPU bfloat16, and the
+    clock.
     """
     rows = []
     for size in sizes or SIZES:
         names = list(variants or VARIANTS)
         for mode in MODES:
-            seconds = _apart("times", variants=names, size=size, mode=mode, device=device)
+            seconds = _apart("times", KEEP_PAGES, variants=names, size=size, mode=mode, device=device)
             for variant in names:
                 peak = _apart("peak", variant=variant, size=size, mode=mode, device=device)
                 row = dict(variant=variant, size=size, tokens=(size // 16) ** 2, mode=mode, seconds=seconds[variant], peak_bytes=peak)
@@ -38,9 +43,10 @@ def run(variants: list[str] | None, sizes: list[int] | None, device: str, say: C
     return rows
 
 
-def _apart(what: str, **point) -> Any:
-    """`times` or `peak` in a process of its own."""
-    done = subprocess.run([sys.executable, "-m", "bench.resolution", what, json.dumps(point)], capture_output=True, text=True)
+def _apart(what: str, switches: dict[str, str] | None = None, **point) -> Any:
+    """`times` or `peak` in a process of its own, with these switches in its environment."""
+    command = [sys.executable, "-m", "bench.resolution", what, json.dumps(point)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (switches or {}))
     if done.returncode:
         raise ValueError(f"{what} of {point} failed: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}")
     return json.loads(done.stdout)

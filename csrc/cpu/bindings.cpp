@@ -3,9 +3,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <mutex>
+#include <numeric>
 #include <stdexcept>
 #include <optional>
 #include <string>
@@ -177,12 +179,16 @@ void run(int64_t jobs, size_t scratch, F&& job) {
 }
 
 struct Ends {  // cu_seqlens in the width the kernels read
-  std::vector<int64_t> at;
+  std::vector<int64_t> at, longest_first;  // the order of work: a long sequence begun last would leave the other threads idle
   explicit Ends(const Maybe& cu) {
     if (!cu) return;
     for (int64_t i = 0; i < cu->numel(); ++i)
       at.push_back(cu->scalar_type() == ScalarType::Int ? cu->const_data_ptr<int32_t>()[i] : cu->const_data_ptr<int64_t>()[i]);
+    longest_first.resize(at.size() - 1);
+    std::iota(longest_first.begin(), longest_first.end(), 0);
+    std::stable_sort(longest_first.begin(), longest_first.end(), [&](int64_t m, int64_t n) { return length(m) > length(n); });
   }
+  int64_t length(int64_t n) const { return at[n + 1] - at[n]; }
 };
 
 void describe(Call& a, const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& g, const Maybe& beta, const Tensor& kv, const Tensor& z,
@@ -201,10 +207,11 @@ void describe(Call& a, const Tensor& q, const Tensor& k, const Tensor& v, const 
   const int64_t heads = a.sequences * a.H, threads = torch::stable::get_num_threads();
   a.segments = a.delta || stride || heads == 0 || heads >= threads ? 1 : int((threads + heads - 1) / heads);
   if (a.T < 4 * ANCHOR * a.segments) a.segments = 1;
-  // Heads side by side, as long as every thread has a job and their states stay in the second cache.
+  // Heads side by side, as long as every thread has a job, no job is more than a thread's share, and their states stay in the second cache.
+  const int64_t longest = a.ends && heads ? ends.length(ends.longest_first[0]) : a.T, tokens = a.ends ? a.T : a.B * a.T;
   a.width = 1;
   for (int w : {2, 4})
-    if (a.H % w == 0 && heads / w >= threads && w * a.K * a.V <= 32768) a.width = w;
+    if (a.H % w == 0 && heads / w >= threads && longest * w * threads <= tokens * a.H && w * a.K * a.V <= 32768) a.width = w;
 }
 
 struct Segments {  // what each segment adds, then what enters it
@@ -240,9 +247,9 @@ struct Segments {  // what each segment adds, then what enters it
 };
 
 // Job i; width and segments are never both above 1.
-Job job_of(const Call& a, int64_t i) {
-  const int64_t groups = a.H / a.width;
-  return {i / (groups * a.segments), i / a.segments % groups * a.width, i % a.segments};
+Job job_of(const Call& a, const Ends& ends, int64_t i) {
+  const int64_t groups = a.H / a.width, n = i / (groups * a.segments);
+  return {a.ends ? ends.longest_first[n] : n, i / a.segments % groups * a.width, i % a.segments};
 }
 
 using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -269,10 +276,10 @@ Seven forward(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& g,
   const int64_t jobs = a.sequences * (a.H / a.width) * a.segments;
   const size_t scratch = kernels().scratch(a, false);
   if (a.segments > 1) {
-    run(jobs, scratch, [&](int64_t i, float* s) { kernels().forward_aggregate(a, job_of(a, i), s); });
+    run(jobs, scratch, [&](int64_t i, float* s) { kernels().forward_aggregate(a, job_of(a, ends, i), s); });
     seg.enter(a, a.kv, a.z, a.seg_fade, false);
   }
-  run(jobs, scratch, [&](int64_t i, float* s) { kernels().forward(a, job_of(a, i), s); });
+  run(jobs, scratch, [&](int64_t i, float* s) { kernels().forward(a, job_of(a, ends, i), s); });
   return {o, kv_out, z_out, d, bkv, bz, u};
 }
 
@@ -302,13 +309,13 @@ Seven backward(const Tensor& grad, const Tensor& dkv_out, const Tensor& dz_out, 
   const size_t scratch = kernels().scratch(a, true);
   if (a.segments > 1) {
     run(jobs, scratch, [&](int64_t i, float* s) {
-      kernels().forward_aggregate(a, job_of(a, i), s);
-      kernels().backward_aggregate(a, job_of(a, i), s);
+      kernels().forward_aggregate(a, job_of(a, ends, i), s);
+      kernels().backward_aggregate(a, job_of(a, ends, i), s);
     });
     seg.enter(a, a.kv, a.z, a.seg_fade, false);
     dseg.enter(a, a.dkv_out, a.dz_out, a.seg_fade, true);
   }
-  run(jobs, scratch, [&](int64_t i, float* s) { kernels().backward(a, job_of(a, i), s); });
+  run(jobs, scratch, [&](int64_t i, float* s) { kernels().backward(a, job_of(a, ends, i), s); });
   return {dq, dk, dv, dg, dbeta, dkv, dz};
 }
 

@@ -29,8 +29,8 @@ def l2norm(x: Tensor) -> Tensor:
 
 def silu_norm(x: Tensor) -> Tensor:
     """u / |u| of u = silu(x) + 1/2 > 0.22: positive, of length 1, arXiv:2502.16249."""
-    wide = F.silu(x.to(torch.promote_types(x.dtype, torch.float32))) + 0.5
-    return (wide / wide.norm(dim=-1, keepdim=True)).to(x.dtype)
+    u = F.silu(x.to(torch.promote_types(x.dtype, torch.float32))) + 0.5
+    return (u * torch.linalg.vecdot(u, u).rsqrt()[..., None]).to(x.dtype)  # two passes less in the backward than u / u.norm()
 
 
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -16,9 +16,9 @@ def segment_linear_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *
     q, k [n H K], after a feature map ≥ 0; v [n H V]
     offsets       [M+1] int32 or int64, from 0 to n without decreasing: segment m is rows offsets[m] … offsets[m+1]−1, and may be empty
 
-    Returns o [n H V]. O(n K V) whatever the lengths; a state [K V] per segment, head and side. On the CPU each segment goes to the thread
-    that is free, with the operator's closed-form backward, and the same bits come every time. ValueError for shapes and offsets
-    that do not fit.
+    Returns o [n H V]. O(n K V) whatever the lengths; a state [K V] per segment, head and side. On the CPU the longest segments are begun
+    first, heads of a crowded one on several threads, the rest by whichever is free; with the operator's closed-form backward, and the same
+    bits every time. ValueError for shapes and offsets that do not fit.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3:

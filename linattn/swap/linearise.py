@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from .attention import MODES, SwappedAttention
 from .find import swapped_of
 from .loop import Told, frozen_but, switched, train
-from .losses import kl, relative, vit_linearizer
+from .losses import four, hide, kl, relative, vit_linearizer
 
 Batch = dict[str, Any]
 Batches = Callable[[int], Batch]
@@ -156,14 +156,14 @@ def distill(
         own = dict(batch if labels else asked)
         if masked:
             away = _patches(own["pixel_values"], masked, patch, step)
-            own["pixel_values"] = _without(own["pixel_values"], away, patch)
+            own["pixel_values"] = hide(own["pixel_values"], away, patch)
         answer = _call(model, own, hidden=deep)
         total = logits * temperature**2 * kl(answer.logits, wanted.logits, batch.get("attention_mask"), temperature)
         pairs = list(zip(answer.hidden_states[1:], wanted.hidden_states[1:])) if deep else []
         if hidden:
             total = total + hidden * sum(relative(h, w) for h, w in pairs) / len(pairs)
         if masked:
-            stages = [pairs[round((i + 1) * len(pairs) / 4) - 1] for i in range(4)] if len(pairs) >= 4 else pairs
+            stages = four(pairs)
             of_patches = lambda f: f[:, f.shape[1] - away.shape[1] :]  # behind the class token and its like
             matching, prediction = vit_linearizer([of_patches(h) for h, _ in stages], [of_patches(w) for _, w in stages], away)
             total = total + matching + prediction
@@ -242,9 +242,3 @@ def _patches(pixels: Tensor, share: float, patch: int, step: int) -> Tensor:
     L = (Y // patch) * (X // patch)
     order = torch.rand(B, L, generator=torch.Generator().manual_seed(step)).argsort(1)
     return (order < round(share * L)).to(pixels.device)
-
-
-def _without(pixels: Tensor, masked: Tensor, patch: int) -> Tensor:
-    """pixels with the masked patches at 0."""
-    seen = (~masked).view(masked.shape[0], 1, -1, pixels.shape[-1] // patch).to(pixels.dtype)
-    return pixels * seen.repeat_interleave(patch, 2).repeat_interleave(patch, 3)

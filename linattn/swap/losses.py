@@ -1,10 +1,13 @@
 """The only place for what a student is compared to its teacher by."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def kl(logits: Tensor, wanted: Tensor, real: Tensor | None = None, temperature: float = 1.0) -> Tensor:
@@ -50,3 +53,14 @@ def vit_linearizer(student: Sequence[Tensor], teacher: Sequence[Tensor], masked:
     seen = lambda f: f.gather(1, visible[..., None].expand(-1, -1, f.shape[-1]))
     matching = [activation_matching(seen(s), seen(t)) for s, t in zip(student, teacher)]
     return torch.stack(matching).mean(), F.smooth_l1_loss(student[-1][masked].float(), teacher[-1][masked].float())
+
+
+def four(after: Sequence[T]) -> list[T]:
+    """What comes after each of the four stages that ViT-Linearizer splits a stack of blocks into, of what comes after each block."""
+    return [after[round((i + 1) * len(after) / 4) - 1] for i in range(4)] if len(after) >= 4 else list(after)
+
+
+def hide(pixels: Tensor, masked: Tensor, patch: int) -> Tensor:
+    """pixels [B C Y X] with the masked ones [B L] of their patch × patch patches at 0."""
+    seen = (~masked).view(masked.shape[0], 1, -1, pixels.shape[-1] // patch).to(pixels.dtype)
+    return pixels * seen.repeat_interleave(patch, 2).repeat_interleave(patch, 3)

@@ -1,5 +1,7 @@
 """ScatterFormer: segments against each window alone, the closed-form backward, the sparse convolution against a dense one, the block."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,6 +67,18 @@ def test_windows_are_isolated_and_have_no_order_inside():
     assert torch.equal(o[:4], other[:4]) and torch.equal(o[21:], other[21:]) and not torch.equal(o[4:21], other[4:21])
     order = torch.cat([torch.arange(4), 4 + torch.randperm(17), torch.arange(21, 40)])
     torch.testing.assert_close(segment_linear_attention(q[order], k[order], v[order], OFFSETS), o[order])
+
+
+def test_a_crowded_window_is_like_any_other():
+    """Its heads go to several threads and it is begun first, wherever it stands."""
+    q, k, v = (x.float().requires_grad_() for x in rows(n=900, H=4))
+    for offsets in ([0, 5, 9, 900], [0, 800, 850, 900], [0, 900]):
+        o = segment_linear_attention(q, k, v, torch.tensor(offsets))
+        parts = [segment_linear_attention(q[a:b], k[a:b], v[a:b], torch.tensor([0, b - a])) for a, b in pairwise(offsets)]
+        torch.testing.assert_close(o, torch.cat(parts))
+        do = torch.randn_like(o)
+        for mine, theirs in zip(*(torch.autograd.grad(y, (q, k, v), do) for y in (o, torch.cat(parts))), strict=True):
+            torch.testing.assert_close(mine, theirs)
 
 
 def test_the_same_bits_twice():
@@ -151,7 +165,9 @@ def test_bad_arguments():
         (lambda: segment_linear_attention(q, k[:3], v, OFFSETS), "k must be"),
         (lambda: segment_linear_attention(q, k, v, OFFSETS.float()), r"offsets must be \[M\+1\] int32 or int64"),
         (lambda: segment_linear_attention(q, k, v, OFFSETS[:-1]), "offsets must run from 0 to n = 40; got 0 to 21"),
-        (lambda: segment_linear_attention(q, k, v, torch.tensor([0, 20, 10, 40])), "offsets must not decrease"),
+        (lambda: segment_linear_attention(q, k, v, torch.tensor([0, 20, 10, 40])), "offsets must not decrease"),  # windows unsorted
+        (lambda: segment_linear_attention(q, k, v, torch.tensor([1, 20, 40])), "offsets must run from 0 to n = 40; got 1 to 40"),
+        (lambda: segment_linear_attention(q, k, v, torch.tensor([40])), r"offsets must be \[M\+1\] int32 or int64 with M >= 1"),
         (lambda: windows(cloud().float(), 4), r"coords must be whole numbers \[n 4\]"),
         (lambda: windows(cloud()[:, :3], 4), r"coords must be whole numbers \[n 4\]"),
         (lambda: windows(cloud(), 5), "window must be even and at least 2: it is crossed by window \\+ 1 taps; got 5"),

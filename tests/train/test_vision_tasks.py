@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from linattn.models import L2ViT, VisionTransformer
+from linattn.swap.losses import vit_linearizer
 from linattn.train import images, recipes, train
 from linattn.train.data import standard_library
 from linattn.train.tasks import TASKS
@@ -58,6 +59,32 @@ def test_an_image_classifier_and_its_student_learn(stripes, tmp_path):
     assert curve(teacher)[-1][2] > 0.9
     config = of_images(stripes, task="distillation", variant="gla", options=dict(shift=0, teacher=str(tmp_path / "teacher"), weight=1.0))
     assert curve(run(config, tmp_path / "student"))[-1][2] > 0.9  # without one label
+    of_features(replace(config, options=config.options | dict(masked=0.5)), tmp_path / "features")
+
+
+def of_features(config, out):
+    """A student of features as well: what it is told is what the two losses say of a model called by hand, and it resumes bit for bit."""
+    task = TASKS["distillation"](config, None)
+    model, batch = task.create(), task.batch(3, range(8))
+    assert batch["masked"].shape == (8, 4) and (batch["masked"].sum(1) == 2).all()
+    assert torch.equal(task.batch(3, range(4, 8))["masked"], batch["masked"][4:])
+    pixels, away = batch["images"], batch["masked"]
+    patches = pixels.unflatten(3, (2, 4)).unflatten(2, (2, 4)).transpose(3, 4)  # [B C rows columns 4 4]
+    hidden = patches.masked_fill(away.view(8, 1, 2, 2, 1, 1), 0.0).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    after = lambda model, x: model.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)
+    told = vit_linearizer(after(model, hidden), after(task.teacher, pixels), away)
+    plain = TASKS["distillation"](replace(config, options=config.options | dict(masked=0.0)), None)
+    torch.testing.assert_close(task.losses(model, batch), plain.losses(model, batch) + sum(told))
+    config = replace(config, steps=2, eval_every=2, save_every=2)
+    assert curve(run(config, out / "kept")) == curve(run(replace(config, checkpoint_activations=True), out / "again"))
+    for fields, message in (
+        (dict(options=config.options | dict(masked=0.1)), "masked must hide some of the patches .* got 0 of 4 patches of 8 × 8 pixels"),
+        (dict(compile=True), "masked needs compile = False"),
+        (dict(overrides=config.overrides | dict(dim=32)), r"one size of patches and one width; got \(4, 16\) and \(4, 32\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(replace(config, **fields), out / "refused")
+    assert not (out / "refused").exists()
 
 
 def test_a_hash_is_fitted_before_the_first_evaluation(stripes, tmp_path):
@@ -98,7 +125,10 @@ def test_l2vit_is_trained_and_teaches(stripes, tmp_path):
     (saved,) = (tmp_path / "teacher").glob("step-*2")
     assert isinstance(TASKS["image"](config, None).load(saved), L2ViT)
     told = dict(shift=0, teacher=str(tmp_path / "teacher"))
-    assert len(run(of_images(stripes, task="distillation", options=told, **short), tmp_path / "student").rows) == 3
+    student = of_images(stripes, task="distillation", options=told, **short)
+    assert len(run(student, tmp_path / "student").rows) == 3
+    with pytest.raises(ValueError, match="masked needs a teacher and a student that are VisionTransformers"):
+        run(replace(student, options=told | dict(masked=0.5)), tmp_path / "other")
 
 
 def test_rows_are_the_same_however_they_are_split(stripes, text):
@@ -150,6 +180,7 @@ def test_datasets_at_hand(dataset, shape):
         ("image", dict(data=("none.npz",)), "none.npz cannot be read"),
         ("distillation", dict(options={}), "teacher must be the folder of a run"),
         ("distillation", dict(options=dict(teacher="x", temperature=0.0)), "temperature must be above 0"),
+        ("distillation", dict(options=dict(teacher="x", masked=1.0)), r"masked is a share of the patches and must lie in \[0, 1\)"),
         ("distillation", dict(options=dict(teacher="nowhere")), "there is no nowhere"),
         ("masked", dict(data=(), options=dict(rate=1.5)), "rate and eval_rate must lie between 0 and 1"),
     ],
