@@ -27,8 +27,8 @@ def run(variants: list[str] | None, sizes: list[int] | None, device: str, say: C
     """`vit_tiny_{variant}`, B = 1: time and peak memory of each variant, size and mode.
 
     Times are the best of ROUNDS, in which the variants take turns, so that a machine that is busy for a while is so for all of them; memory
-    is measured in a process per point. On a CPU one thread in float32, and the thread's own time, with KEEP_PAGES; on a GPU bfloat16, and the
-    clock.
+    is measured in a process per point. On a CPU one thread in float32, and the thread's own time, under KEEP_PAGES; on a GPU bfloat16, and
+    the clock.
     """
     rows = []
     for size in sizes or SIZES:

@@ -40,9 +40,9 @@ class DistillationOptions(ImageOptions):
 class DistillationTask(ImageTask):
     """(1 − weight) · cross-entropy + weight · T² · KL(teacher ‖ student), both softened by the temperature T: arXiv:1503.02531.
 
-    With `masked` the student sees each image twice in a batch, the second time with patches at 0, from which it is to tell the teacher's
-    features of the whole image: activation matching and masked prediction of `linattn.swap.losses`, arXiv:2504.00037, are added. Its authors
-    hide 0.75 and have a learnt token for a hidden patch. Both models are then VisionTransformers of one width and one grid.
+    With `masked` a batch shows the student each image twice, the second time with patches at 0, from which it is to tell the teacher's
+    features of the whole image: activation matching and masked prediction of `linattn.swap.losses` are added, arXiv:2504.00037, whose
+    authors hide 0.75 and learn a token for a hidden patch. Both models are then VisionTransformers of one width and one grid.
     """
 
     options_kind = DistillationOptions
