@@ -253,7 +253,7 @@ def export(
 @app.command("probe")
 def probe_input(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Folder of a saved decoder, encoder or vision transformer, a run, or one of its checkpoints.")
+        Path, typer.Argument(help="Folder of a saved model, of linattn or swapped, of a run, or of one of its checkpoints.")
     ],
     text: Annotated[str | None, typer.Option(help="What a decoder or an encoder reads.")] = None,
     image: Annotated[Path | None, typer.Option(help="Picture that a vision transformer sees.")] = None,
@@ -268,7 +268,10 @@ def probe_input(
     device: Device = "auto",
     backend: Backend = "auto",
 ) -> None:
-    """Write what every layer remembers of a text or an image, as one HTML page with its figures: half-lives, ranks, states, attention."""
+    """Write what every layer remembers of a text or an image, as one HTML page with its figures: half-lives, ranks, states, attention.
+
+    Beside the figures stand those of the same model at a random start.
+    """
     import torch
 
     from . import probe
@@ -281,15 +284,23 @@ def probe_input(
     if not out.absolute().parent.is_dir() or out.is_dir():
         raise ValueError(f"out must be a file in a folder that is there; got {out}")
     found = inputs.opened(checkpoint, text=text, image=image, device=device, backend=backend, say=_say_aside)
-    if at is not None and not 0 <= at < found.length:
-        raise ValueError(f"at must be one of the {found.length} tokens, from 0; got {at}")
-    layers = [name for name in points(found.model) if not name.endswith(".routed")]  # whose rows are no text: see `probes.points`
-    with torch.no_grad(), probe(found.model, layers=layers, keep=("final", "writes", "gates", "reads")) as p:
-        found.model(found.inputs)
-    seen = dict(words=found.words) if found.grid is None else dict(image=found.inputs[0], grid=found.grid)
+    if at is not None and isinstance(found.grid, dict):
+        raise ValueError(f"at must not be given for a pyramid, whose layers have patches of several sizes; got {at}")
+
+    def seen(model):
+        layers = [name for name in points(model) if not name.endswith(".routed")]  # whose rows are no text: see `probes.points`
+        with torch.no_grad(), probe(model, layers=layers, keep=("final", "writes", "gates", "reads")) as p:
+            model(found.inputs)
+        return p
+
+    p = seen(found.model)
+    if at is not None and not 0 <= at < p[0].length:
+        raise ValueError(f"at must be one of the {p[0].length} tokens, from 0; got {at}")
+    against = {"untrained model": seen(found.untrained()).report()}
+    shown = dict(words=found.words) if found.grid is None else dict(image=found.inputs[0], grid=found.grid)
     title = f"What {checkpoint.name} remembers"
-    out.write_text(pages.page(p, title=title, at=at, facts=found.facts, **seen), encoding="utf-8")
-    print(p.report())
+    out.write_text(pages.page(p, title=title, at=at, facts=found.facts, against=against, **shown), encoding="utf-8")
+    print(p.report(against=against))
     print(f"{out}: {len(p)} layers, {out.stat().st_size:,} bytes")
 
 
@@ -383,6 +394,8 @@ def swap(
 
         say = lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
         rows = linearise_model(host.load, recipe, host.batch, host.bits_per_byte, out, source=host.source, say=say, told=told)
+    if isinstance(host.coder, hosts.HostTokenizer):
+        host.coder.tokenizer.save_pretrained(out)
     say("held-out bits per byte: " + ", ".join(f"{row['stage']} {row['value']:.3f}" for row in rows))
     say(f"the model: linattn.from_pretrained({str(out)!r}); the report: {out / 'report.json'}")
 

@@ -39,8 +39,8 @@ class ShortConvolution(nn.Module):
     def forward(
         self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None, *, return_state: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        if self.conv_probe is not None:
-            return self.conv_probe(self._run, x, state, cu_seqlens, return_state=return_state)
+        if (probe := self.conv_probe) is not None:
+            return probe(self._run, x, state, cu_seqlens, return_state=return_state)
         return self._run(x, state, cu_seqlens, return_state=return_state)
 
     def _run(self, x, state, cu_seqlens, *, return_state):

@@ -108,13 +108,12 @@ class Mixer(nn.Module):
         With multi_value q and k have one head, which serves all those of v. A single token with a state and without gradients takes the
         operator's `step`. A feature map with `attend`, a shorter way to what the operator would give for its features, is asked for that.
         """
+        probe = self.probe  # the one thing that a layer does for a probe that is not there
         alone = self.causal and q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled()
         attend = getattr(self.feature, "attend", None)
-        if attend is not None and self.probe is None and not (alone and state is not None):
+        if attend is not None and probe is None and not (alone and state is not None):
             how: dict[str, Any] = dict(causal=self.causal, cu_seqlens=cu_seqlens, return_state=return_state, backend=self.backend)
             return attend(q, k, v, state, mask, **how)
-        if self.probe is not None and shard is not None:
-            raise ValueError("a layer of a sequence in several processes cannot be probed")
         if self.second_decay is not None:
             return self._along_both(x, q, k, v, cu_seqlens, mask, two_curves(curves, x.shape[1])), None
         q, k, beta = self._queries_and_keys(x, q, k, v)
@@ -130,8 +129,8 @@ class Mixer(nn.Module):
         if shard is not None:
             return shard.attend(q, k, v, log_decay, beta, how), None
         tensors = q, k, v, log_decay, beta, state, cu_seqlens
-        if self.probe is not None:
-            return self.probe(operate, x, *tensors, mask, return_state=return_state, how=how)
+        if probe is not None:
+            return probe(operate, x, *tensors, mask, return_state=return_state, how=how)
         return operate(*tensors, return_state=return_state, **how)
 
     def _write(self, decay, x, k, v, cu_seqlens, mask, start=0):

@@ -51,8 +51,9 @@ class Change:
         heads[check_heads(self.heads, kv.shape[1])] = True
         with torch.autocast(kv.device.type, enabled=False):
             new = self.fn(state)
-            if new.kv.shape != kv.shape:
-                raise ValueError(f"{self.kind} of {self.layer!r} must give a state of shape {tuple(kv.shape)}; got {tuple(new.kv.shape)}")
+            if getattr(new.kv, "shape", None) != kv.shape:
+                got = tuple(new.kv.shape) if isinstance(new.kv, Tensor) else repr(new.kv)
+                raise ValueError(f"{self.kind} of {self.layer!r} must give a state of shape {tuple(kv.shape)}; got {got}")
             chosen = rows[:, None] & heads
             changed = torch.where(chosen[..., None, None], new.kv.to(kv), kv)
             self._measure(kv, changed, chosen)
@@ -85,10 +86,13 @@ class Change:
 class Knockout:
     """Tokens of one layer that write nothing ("write": k, v and beta are 0 there; decay goes on) or read nothing ("read": q is 0)."""
 
-    def __init__(self, layer: str, tokens: Sequence[int], what: str, heads):
+    kind = "knockout"
+
+    def __init__(self, layer: str, tokens: int | Sequence[int], what: str, heads):
         if what not in ("write", "read"):
             raise ValueError(f"what must be 'write' or 'read'; got {what!r}")
-        self.layer, self.what, self.heads, self.positions = layer, what, heads, set(tokens)
+        self.layer, self.what, self.heads = layer, what, heads
+        self.positions = {tokens} if isinstance(tokens, int) else set(tokens)
         if not self.positions or not all(isinstance(t, int) and t >= 0 for t in self.positions):
             raise ValueError(f"tokens must be positions, ints >= 0, and at least one; got {tokens!r}")
         self.fired: set[int] = set()

@@ -3,15 +3,16 @@
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .plots import POOLED, Figure, attention, attention_row, by_layer, middle, over_image, place, pooled, prefix_of, states, token_of
-from .report import COLUMNS
+from .report import COLUMNS, Report
 from .storage import Traces
 
+Grid = tuple[int, int]
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1280px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.15em .7em;text-align:right;border-bottom:1px solid #ddd}
 th:first-child,td:first-child{text-align:left}img{max-width:100%}dt{font-weight:600}dd{margin:0 0 .3em 1.5em}.wide{overflow-x:auto}
@@ -20,20 +21,27 @@ th:first-child,td:first-child{text-align:left}img{max-width:100%}dt{font-weight:
 
 
 def page(
-    traces: Traces, words: Sequence[str] | None = None, *, title: str, image: Tensor | None = None, grid: tuple[int, int] | None = None,
-    at: int | None = None, sequence: int = 0, facts: dict[str, str] | None = None,
+    traces: Traces, words: Sequence[str] | None = None, *, title: str, image: Tensor | None = None,
+    grid: Grid | Mapping[str, Grid] | None = None, at: int | None = None, sequence: int = 0, facts: dict[str, str] | None = None,
+    against: Mapping[str, Report] | None = None,
 ) -> str:  # fmt: skip
     """One HTML page: the table, half-life and rank by layer, and of every layer states and attention, those at token `at`.
 
     traces kept "final", "writes" and "reads". words are the tokens as text, at None then the last of them; or image [C h w] with the grid
-    of its patches, and at None as in `over_image`. facts: what else is to be said at the top. The figures are in the page, and its
+    of its patches, and at None as in `over_image`; of a pyramid a grid for each layer by name, and at None the middle patch of each.
+    facts: what else is to be said at the top. against: controls of the table, as in `p.report`. The figures are in the page, and its
     Content-Security-Policy forbids it to load anything.
     """
     if (words is None) == (image is None) or (image is None) != (grid is None):
         raise ValueError("page needs words, or an image and the grid of its patches")
-    report = traces.report()
+    report = traces.report(against=against)
     first = traces[next(iter(traces))]
-    if grid is not None:
+    pyramid = isinstance(grid, Mapping)
+    if pyramid and at is not None:
+        raise ValueError(f"at must be None where layers have grids of their own; got {at}")
+    if pyramid:
+        shown = "the middle patch of every layer"
+    elif grid is not None:
         prefix = prefix_of(first, grid)
         at = middle(prefix, grid) if at is None else at
         shown = place(at, prefix, grid)
@@ -46,12 +54,14 @@ def page(
     parts.append(f"<details><summary>What the columns say</summary><dl>{''.join(meant)}</dl></details>")
     for name in traces:
         trace = traces[name]
-        t = at if trace.order is None else int((trace.order.cpu() == at).nonzero())
+        here = grid[name] if isinstance(grid, Mapping) else grid
+        token = middle(prefix_of(trace, here), here) if pyramid and here is not None else at
+        t = token if trace.order is None else int((trace.order.cpu() == token).nonzero())
         figures = []
         for direction in (None,) if trace.causal else ("left", "right"):
             figures.append(_image(states(trace, t, sequence=sequence, direction=direction), f"state of {name} after token {t}"))
-        if image is not None and grid is not None:
-            drawn = over_image(trace, image, grid, at, sequence=sequence, everyone=trace.length <= POOLED)
+        if image is not None and here is not None:
+            drawn = over_image(trace, image, here, token, sequence=sequence, everyone=trace.length <= POOLED)
             figures.append(_image(drawn, f"attention of {shown} over the image in {name}"))
         else:
             figures.append(_image(attention(trace, t, words, sequence=sequence), f"attention of token {t} in {name}"))

@@ -55,12 +55,15 @@ class Plan:
             raise ValueError(f"every must be a whole number of chunks of {CHUNK} tokens, at least 1; got {every!r}")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype must be None or a floating torch dtype; got {dtype!r}")
-        if heads is not None and (not len(heads) or not all(isinstance(h, int) and h >= 0 for h in heads)):
+        if heads is not None and (isinstance(heads, int) or not len(heads) or not all(isinstance(h, int) and h >= 0 for h in heads)):
             raise ValueError(f"heads must be None or numbers of heads of the state, at least one; got {heads!r}")
         if budget is not None and not budget >= 0:
             raise ValueError(f"budget must be a number of bytes, or None for half of what is free; got {budget!r}")
         self.keep, self.stride, self.heads, self.dtype, self.detach = keep, CHUNK * every, heads, dtype, detach
-        self.device = None if device is None else torch.device(device)
+        try:
+            self.device = None if device is None else torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"device must be one of torch's, or None for where things are; got {device!r}") from None
         self.fields = {field for name in keep for field in KEEPS[name]}
         wanted = self.fields | needs
         self.record = tuple(name for name, field in (("boundaries", "boundaries"), ("writes", "u")) if field in wanted)

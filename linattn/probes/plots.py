@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .measures.fitted import Curve
-from .report import COLUMNS, Report
+from .report import COLUMNS, Report, Row
 from .trace import Direction, Trace
 
 try:
@@ -110,17 +110,22 @@ def over_image(
 
 
 def by_layer(report: Report) -> Figure:
-    """Half-life and participation ratio by layer: every head a point, their median a line. What never forgets is counted, not drawn."""
+    """Half-life and participation ratio by layer: every head a point, their median a line, that of each control dashed.
+
+    What never forgets is counted, not drawn. Without controls the legend says so.
+    """
     layers = list(dict.fromkeys(row.layer for row in report.rows))
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     for axes, name, unit in zip(figure.subplots(1, 2), ("half_life", "participation"), ("tokens", "directions in use"), strict=True):
-        here = [[x for row in report.rows if row.layer == layer and (x := getattr(row, name)) is not None] for layer in layers]
+        here = _by_layer(report.rows, layers, name)
         finite = [[x for x in values if math.isfinite(x)] for values in here]
         points = [(i, x) for i, values in enumerate(finite) for x in values]
-        medians = [(i, statistics.median(values)) for i, values in enumerate(finite) if values]
         if points:
             axes.scatter(*zip(*points, strict=True), color=RED, alpha=0.5, s=16)
-            axes.plot(*zip(*medians, strict=True), color=RED)
+            axes.plot(*_medians(finite), color=RED, label="" if report.controls else "no control")
+            for control, rows in report.controls.items():
+                axes.plot(*_medians(_by_layer(rows, layers, name)), linestyle="--", marker=".", label=control)
+            axes.legend(frameon=False, fontsize=8, handlelength=0 if not report.controls else None)
         never = sum(map(len, here)) - len(points)
         title = (
             f"{COLUMNS[name][0]} of heads, and their median"
@@ -136,6 +141,17 @@ def by_layer(report: Report) -> Figure:
         axes.grid(True, alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _by_layer(rows: Sequence[Row], layers: list[str], name: str) -> list[list[float]]:
+    """Values of the column `name` in every layer; what was not kept is left out."""
+    return [[x for row in rows if row.layer == layer and (x := getattr(row, name)) is not None] for layer in layers]
+
+
+def _medians(values: list[list[float]]) -> list[list[float]]:
+    """x and y of the medians of what is finite."""
+    finite = [(i, [x for x in here if math.isfinite(x)]) for i, here in enumerate(values)]
+    return [[i for i, here in finite if here], [statistics.median(here) for _, here in finite if here]]
 
 
 def curve(found: Curve) -> Figure:

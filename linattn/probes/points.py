@@ -1,6 +1,6 @@
 """Where a model can be probed: every Mixer in it, whoever made it, with the short convolution beside it, by module name."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ def points(model: nn.Module) -> dict[str, Point]:
     there. The mixer `routed` of Sparse State Expansion sees packed sequences, one for each sequence and partition. A mixer of two curves
     is two points: its name is of the first, the other one's ends in ".second".
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     modules = dict(model.named_modules())
     found = {}
     for name, module in modules.items():
@@ -42,7 +44,9 @@ def match(wanted: str | int | Sequence[str | int] | None, names: list[str], what
     if wanted is None:
         return names
     found: list[str] = []
-    for one in [wanted] if isinstance(wanted, (str, int)) else wanted:
+    for one in wanted if isinstance(wanted, Iterable) and not isinstance(wanted, str) else [wanted]:
+        if not isinstance(one, (str, int)):
+            raise ValueError(f"{what} must be names, patterns or numbers of {names}; got {one!r}")
         if isinstance(one, int):
             here = [names[one]] if -len(names) <= one < len(names) else []
         else:

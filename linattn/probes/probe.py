@@ -42,7 +42,8 @@ class probe(Traces):
     asked for with the methods below, before the forward they are meant for; one that was not reached is an error at the block's end. Within
     activation checkpointing each call is kept once. The block is not for two threads, and one model has one probe at a time.
 
-    Raises ValueError for a layer that is not there, an unknown `keep`, and, in the forward, for what does not fit.
+    Raises ValueError for a layer that is not there, an unknown `keep`, a model whose sequences are split over several processes, and, in
+    the forward, for what does not fit.
     """
 
     def __init__(
@@ -79,6 +80,11 @@ class probe(Traces):
         for name, point in self.points.items():
             if getattr(point.mixer, point.slot) is not None or (point.conv is not None and point.conv.conv_probe is not None):
                 raise ValueError(f"model is being probed already, at {name!r}: leave that block first")
+            if getattr(point.layer, "shard", None) is not None:
+                raise ValueError(
+                    f"model must not have its sequences split over several processes, as those of {name!r} are, where none has all states: "
+                    "probe it with context_parallel=1"
+                )
         first = next(self.model.parameters(), None)
         self.plan.start(torch.device("cpu") if first is None else first.device)
         for name, point in self.points.items():
@@ -98,7 +104,8 @@ class probe(Traces):
             for edit in (*self.changes, *self.knockouts):
                 if missed := sorted(edit.positions - edit.fired):
                     longest = self.taps[edit.layer].longest
-                    raise ValueError(f"{edit!r} was not reached at {missed}: that layer saw {longest} tokens inside the block")
+                    what = f"{edit.kind} of {edit.layer!r}"
+                    raise ValueError(f"{what} was not reached at {missed}: that layer saw {longest} tokens inside the block")
 
     def __repr__(self) -> str:
         return f"probe({type(self.model).__name__}, {len(self.taps)} layers, keep={list(self.plan.keep)})"
@@ -156,6 +163,8 @@ class probe(Traces):
 
         direction: "left" or "right", the side whose state is meant; needed where the layer is bidirectional.
         """
+        if not callable(fn):
+            raise ValueError(f"fn must be a function of a state [B H K V]; got {fn!r}")
         self._change("edit", layer, at, lambda s: State(fn(s.kv), s.z), heads, direction)
 
     def erase(
@@ -183,7 +192,13 @@ class probe(Traces):
         direction: Direction = None,
     ) -> None:  # fmt: skip
         """S ← S + strength · k vᵀ: key [… K] and value [… V] broadcast against [B H K] and [B H V]."""
-        fn = lambda s: State(s.kv + strength * key.to(s.kv)[..., :, None] * value.to(s.kv)[..., None, :], s.z)
+
+        def fn(s: State) -> State:
+            for name, given, width in (("key", key, s.kv.shape[-2]), ("value", value, s.kv.shape[-1])):
+                if not given.ndim or given.shape[-1] != width:
+                    raise ValueError(f"{name} must be [… {width}] to go with a state {tuple(s.kv.shape)}; got {tuple(given.shape)}")
+            return State(s.kv + strength * key.to(s.kv)[..., :, None] * value.to(s.kv)[..., None, :], s.z)
+
         self._change("steer", layer, at, fn, heads, direction)
 
     def patch(
@@ -211,7 +226,7 @@ class probe(Traces):
             if conv and has:
                 self.convs[name].changes.append(ConvChange(change, one.conv))
 
-    def knockout(self, layer: str | int, *, tokens: Sequence[int], what: str = "write", heads: Heads = None) -> None:
+    def knockout(self, layer: str | int, *, tokens: int | Sequence[int], what: str = "write", heads: Heads = None) -> None:
         """These tokens write nothing ("write"), or read nothing ("read"), in that layer: without cutting the sequence."""
         for name in match(layer, list(self.taps), "layer"):
             self.knockouts.append(Knockout(name, tokens, what, heads))

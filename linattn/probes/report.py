@@ -2,7 +2,8 @@
 
 import html
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -49,25 +50,37 @@ COLUMNS = {  # field: title, what it says
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """`rows`, one `Row` per layer, head and side. Prints as a table; columns that no row has are left out."""
+    """`rows`, one `Row` per layer, head and side, and the same rows of each control. Prints as a table; empty columns are left out.
+
+    Every row's controls stand below it, and the last line names them, or says that there is none.
+    """
 
     rows: tuple[Row, ...]
+    controls: dict[str, tuple[Row, ...]] = field(default_factory=dict)
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
-        """Names of the columns that some row has, and the rows as text."""
+        """Names of the columns that some row has, and the rows as text, each with its controls behind it."""
         names = [name for name in COLUMNS if any(getattr(row, name) is not None for row in self.rows)]
-        return names, [[_text(getattr(row, name)) for name in names] for row in self.rows]
+        lines = []
+        for i, row in enumerate(self.rows):
+            lines.append([_text(getattr(row, name)) for name in names])
+            for control, others in self.controls.items():
+                lines.append([f"  {control}" if name == "layer" else _text(getattr(others[i], name)) for name in names])
+        return names, lines
 
     def __rich__(self) -> Any:
         from rich.table import Table
 
         names, cells = self.cells()
-        table = Table(box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False, caption=self.said(), caption_justify="left", caption_style="")
         for name in names:
             table.add_column(COLUMNS[name][0], justify="left" if name in ("layer", "side") else "right", no_wrap=True)
         for row in cells:
             table.add_row(*row)
         return table
+
+    def said(self) -> str:
+        return f"controls: {', '.join(self.controls)}" if self.controls else "no control"
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -83,14 +96,20 @@ class Report:
         names, cells = self.cells()
         line = lambda tag, row: "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in row) + "</tr>"
         body = "\n".join(line("td", row) for row in cells)
-        return f"<table>\n<thead>{line('th', [COLUMNS[name][0] for name in names])}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+        head = line("th", [COLUMNS[name][0] for name in names])
+        caption = f"<caption>{html.escape(self.said())}</caption>"
+        return f"<table>\n{caption}\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
 
-def report(traces: dict[str, Trace]) -> Report:
-    """Means over sequences and real tokens. ValueError where nothing was kept."""
+def report(traces: dict[str, Trace], against: Mapping[str, Report] | None = None) -> Report:
+    """Means over sequences and real tokens. ValueError where nothing was kept, and for a control of other layers, heads or sides."""
     if not traces:
         raise ValueError("nothing was kept: no forward has run inside the block")
-    return Report(tuple(row for trace in traces.values() for row in _rows(trace)))
+    rows = tuple(row for trace in traces.values() for row in _rows(trace))
+    for name, other in (against or {}).items():
+        if [row[:3] for row in other.rows] != [row[:3] for row in rows]:
+            raise ValueError(f"against[{name!r}] must be a report of the same layers, heads and sides")
+    return Report(rows, {name: other.rows for name, other in (against or {}).items()})
 
 
 def _rows(trace: Trace) -> list[Row]:

@@ -1,6 +1,7 @@
 """Traces on disk: one safetensors file, tensors under `layer/piece/field`, everything else as JSON in its header."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ FORMAT = "linattn-trace-1"
 
 
 def save(traces: dict[str, Trace], path: str | Path) -> Path:
-    """Write every trace. In a process group of several, each rank its own file: NAME.rank0.safetensors, …  Returns the path written."""
+    """Write every trace. In a process group of several, each rank its own file: NAME.rank0.safetensors, …  Returns the path written.
+    ValueError where nothing was kept.
+    """
     from safetensors.torch import save_file
 
+    if not traces:
+        raise ValueError("nothing was kept: no forward has run inside the block")
     path = Path(path)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         path = path.with_suffix(f".rank{torch.distributed.get_rank()}{path.suffix}")
@@ -97,6 +102,10 @@ class Traces:
     def save(self, path: str | Path) -> Path:
         return save(self.traces(), path)
 
-    def report(self) -> Report:
-        """One row per layer and head, of what was kept: half-life, ranks, norm, writes, delta rule, bytes. Prints as a table."""
-        return report(self.traces())
+    def report(self, *, against: Mapping[str, Report] | None = None) -> Report:
+        """One row per layer and head, of what was kept: half-life, ranks, norm, writes, delta rule, bytes. Prints as a table.
+
+        against: controls by name, as {"untrained model": u.report()} of a probe of `untrained(model)` on the same input. Without it the
+        table says that it has none.
+        """
+        return report(self.traces(), against)

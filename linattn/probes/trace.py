@@ -77,6 +77,8 @@ class Trace:
     def need(self, *names: str, hint: str) -> None:
         """ValueError unless every field is there."""
         if missing := [name for name in names if self._tokens(name) is None]:
+            if hint in self.keep:
+                raise ValueError(f"{self.name!r} has no {', '.join(missing)}: keep names {hint!r}, but such a layer has none")
             raise ValueError(f"{self.name!r} has no {', '.join(missing)}: keep must name {hint!r}; got {list(self.keep)}")
 
     # -- states --------------------------------------------------------------------------------------------------------------------------
@@ -95,7 +97,9 @@ class Trace:
 
     @property
     def at(self) -> list[int]:
-        """Tokens before which `boundaries` are, of sequences that are not packed."""
+        """Tokens before which `boundaries` are. ValueError where sequences are packed: theirs start anew in each of them."""
+        if any(piece.cu_seqlens is not None for piece in self.pieces):
+            raise ValueError(f"{self.name!r} saw packed sequences, whose boundary states start anew in each: ask state(t)")
         rows = lambda piece: piece.boundaries.kv.shape[-4] if piece.boundaries is not None else 0
         return [piece.start + i * self.stride for piece in self.pieces for i in range(rows(piece))]
 

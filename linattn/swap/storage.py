@@ -59,6 +59,24 @@ def from_pretrained(folder: str | Path, *, backend: str = "auto", dtype: torch.d
     FileNotFoundError for a missing folder or file, ValueError for files that are not of a swapped model or do not fit each other.
     """
     folder = Path(folder)
+    model = unloaded(folder, backend=backend)
+    tensors = load_file(folder / WEIGHTS)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name in tensors:
+            parameter.data = parameter.data.to(tensors[parameter_name].dtype)
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    tied = {key for key in missing if any(p is model.get_parameter(key) for n, p in _parameters(model) if n in tensors)}
+    if unexpected or set(missing) - tied:
+        raise ValueError(f"{folder / WEIGHTS} does not fit: it lacks {sorted(set(missing) - tied)[:5]}, and has besides {unexpected[:5]}")
+    if (folder / "generation_config.json").exists():
+        import transformers
+
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model.to(device=device, dtype=dtype)
+
+
+def unloaded(folder: Path, *, backend: str = "auto") -> Any:
+    """The model that `folder` describes, swapped, at a random start and in evaluation mode. Errors as of `from_pretrained`."""
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no swapped model: {name} is missing")
@@ -72,19 +90,8 @@ def from_pretrained(folder: str | Path, *, backend: str = "auto", dtype: torch.d
     if kind is None:
         raise ValueError(f"{folder / CONFIG}: transformers {transformers.__version__} has no class {name}")
     model = kind(kind.config_class.from_dict(values["host"])).eval()
-    tensors = load_file(folder / WEIGHTS)
-    spec = dict(values["swap"])
-    swap_quietly(model, spec, backend)
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name in tensors:
-            parameter.data = parameter.data.to(tensors[parameter_name].dtype)
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    tied = {key for key in missing if any(p is model.get_parameter(key) for n, p in _parameters(model) if n in tensors)}
-    if unexpected or set(missing) - tied:
-        raise ValueError(f"{folder / WEIGHTS} does not fit: it lacks {sorted(set(missing) - tied)[:5]}, and has besides {unexpected[:5]}")
-    if (folder / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return model.to(device=device, dtype=dtype)
+    swap_quietly(model, dict(values["swap"]), backend)
+    return model
 
 
 def swap_quietly(model: nn.Module, spec: dict, backend: str) -> None:

@@ -32,12 +32,20 @@ class HostTokenizer:
         return sum(len(self.tokenizer.decode(window, skip_special_tokens=True).encode()) for window in windows.tolist())
 
 
-def coder_of(folder: Path) -> HostTokenizer | Bytes:
-    """The tokenizer in a folder of transformers, bytes where there is none."""
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+
+
+def tokenizer_of(folder: Path, config: Any = None) -> Any:
+    """The tokenizer in a folder of transformers. config: the model's, where the folder's is none of transformers'."""
     from transformers import AutoTokenizer
 
-    has = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
-    return HostTokenizer(AutoTokenizer.from_pretrained(folder)) if has else Bytes()
+    return AutoTokenizer.from_pretrained(folder, config=config)
+
+
+def coder_of(folder: Path) -> HostTokenizer | Bytes:
+    """The tokenizer in a folder of transformers, bytes where there is none."""
+    return HostTokenizer(tokenizer_of(folder)) if has_tokenizer(folder) else Bytes()
 
 
 def check_vocabulary(corpus: data.Corpus, vocabulary: int, folder: Path) -> None:

@@ -1,41 +1,19 @@
 """The 23 claims that the probes were designed against, with the layers as users have them.
 
-By number, with the tests that hold them; "walk" is the walk-through of docs/probes.md, run for three seeds by test_probe_docs.py. What
-trains is marked slow.
+The table at the end of docs/probes.md has them by number, with what was wanted, what is reached, and the tests that hold them: these, the
+walk-through of that page, which test_probe_docs.py runs for three seeds, and tests of exact properties in the files beside this one.
 
-T1   a model learns to recall                           here, walk
-T2   a linear probe reads the values                    here, walk
-T3   and its controls do not                            here, walk
-T4   so does the lens, without training                 here, walk
-T5   one pair is erased, in three ways                  here
-T6   along a random direction nothing is                here, walk
-T7   along the reader also where no key is right        walk
-T8   a value is rewritten                               walk
-T9   tokens kept from writing                           walk
-T10  a state is transplanted                            walk
-T11  the layer that holds a pair                        here
-T12  the layer curve of its value                       here
-T13  rank grows with the pairs                          here; test_measures.py: test_ranks_and_interference_of_known_memories
-T14  interference foretells failures                    here: it does not with this model, which the test says
-T15  all forms agree                                    test_capture.py: …_rows_and_readers…, …_packed…, …_padding…, …_decoding…
-T16  the detached Jacobian is exact                     test_measures_frozen.py: test_a_decoder_is_one_matrix
-T17  parity by reflection                               test_measures.py: test_parity_by_reflection
-T18  survival and half-life                             test_measures.py: test_survival_and_half_life
-T19  the delta rule is Kaczmarz' iteration              here
-T20  LEACE takes a label away                           test_fitted.py: test_leace_takes_a_label_away_and_little_else
-T21  minibatch CKA                                      test_measures.py: test_cka_knows_rotations_and_strangers
-T22  no bit changes, compiled, kept once                test_capture.py: test_keeping_changes_no_bit…, …_in_one_graph…, …_captured_once
-T23  resuming from any state is going on                test_edits.py: test_a_patched_run_goes_on_as_its_donor_would
-
-The model of the first group is the design's clean memory: a convolution on keys alone, so that the value's token writes the pair.
+The model of the first group is the design's clean memory: a convolution of width 2 on keys alone and no activation, so that the value's token
+writes the pair. Layers as they come, which store a pair at one token or the next, are the walk-through's. What trains is marked slow.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from linattn import Decoder, linear_attention, probe, probes
+from linattn import Decoder, probe, probes
 from linattn.probes.reading import carried
 
 PAIRS, WORDS = 8, 32
@@ -57,18 +35,25 @@ def rows(pairs=PAIRS):
 
 
 def learnt(*, layers=1, heads=1, keys_alone=False, steps=600, seed=0):
+    """keys_alone: the clean memory, whose convolution mixes each key with the one before and nothing else, and which bends nothing."""
     torch.manual_seed(seed)
     width = dict(expand_k=0.5 * heads, expand_v=0.5 * heads, mlp_dim=16 if layers == 1 else 128)  # K = V = 32
     model = Decoder.create("tiny", vocab_size=2 * WORDS + 1, variant="gated_delta", dim=64, num_layers=layers, num_heads=heads,
                            tie_embeddings=False, **width)  # fmt: skip
     untrained = Decoder(model.config).eval()
+    if keys_alone:
+        for each in (model, untrained):
+            layer = each.blocks[0].attention
+            layer.variant = replace(layer.variant, activation="identity")
     optimizer = torch.optim.AdamW(model.parameters())
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         if keys_alone:
             layer = model.blocks[0].attention
+            keys, rest = layer.widths[0], sum(layer.widths[:2])
             with torch.no_grad():
-                for part in (slice(0, layer.widths[0]), slice(sum(layer.widths[:2]), None)):
+                layer.conv.weight[keys:rest, :2] = 0
+                for part in (slice(0, keys), slice(rest, None)):
                     layer.conv.weight[part] = torch.tensor([0.0, 0, 0, 1])
         tokens, values, order = draw(128, step + 1)
         logits = model(tokens)[0][:, rows()]
@@ -106,7 +91,7 @@ class Told:
 def clean():
     torch.set_num_threads(1)
     for seed in range(3):  # another start may be needed on another machine: the last bits decide when the keys are found
-        model, untrained = learnt(keys_alone=True, steps=1000, seed=seed)
+        model, untrained = learnt(keys_alone=True, steps=500, seed=seed)
         told = Told(model)
         if min(told.before) >= 0.99:
             break
@@ -174,13 +159,26 @@ def test_t13_rank_grows_with_the_pairs(clean):
     found = [probes.ranks(p[0].state(2 * n - 1)) for n in (1, 2, 4, 8, 16)]
     numeric, participation = ([float(x.mean()) for x in each] for each in ([f.numeric for f in found], [f.participation for f in found]))
     print(numeric, participation)
-    assert numeric == sorted(numeric) and participation == sorted(participation) and 3 <= numeric[2] <= 9
+    assert numeric == sorted(numeric) and participation == sorted(participation) and 6 <= numeric[2] <= 9
 
 
 @slow
-@pytest.mark.xfail(
-    strict=True, reason="with these layers recall falls to 0.95 at 24 pairs, and SNR tells failures at 0.53 alone; 0.65 was wanted"
-)
+@torch.no_grad()
+def test_t9_tokens_that_hold_a_pair_by_their_offsets_are_kept_from_writing(clean):
+    """As many offsets as make up 90 % of what rows place around their own pair beyond what they place around another."""
+    told, trace = clean.told, clean.trace
+    share, other = (probes.offsets(trace, rows(), 2 * pair + 1) for pair in (told.order, (told.order + 3) % PAIRS))
+    beyond = (share - other).clamp(0) / (share - other).clamp(0).sum()
+    order = beyond.argsort(descending=True)
+    where = [int(o) - 4 for o in order[: int((beyond[order].cumsum(0) < 0.9).sum()) + 1]]
+    with probe(told.model, keep=()) as q:
+        q.knockout(0, tokens=[2 * 3 + 1 + offset for offset in where])
+        unwritten, kept = told.right()
+    print(beyond, where, unwritten, kept)
+    assert where == [0] and unwritten <= 0.10 and kept >= 0.98
+
+
+@slow
 @torch.no_grad()
 def test_t14_interference_foretells_which_answers_fail(clean):
     pairs, recall = 24, {}
@@ -190,11 +188,14 @@ def test_t14_interference_foretells_which_answers_fail(clean):
             found = clean.model(tokens)[0][:, rows(n)].argmax(-1)
         right = found == values.gather(1, order)
         recall[n] = float(right.float().mean())
-    snr = probes.interference(p[0], rows(pairs), 2 * order + 1).snr[:, 0]
-    good, bad = snr[right], snr[~right]
-    auc = (good[:, None] > bad[None, :: max(1, len(bad) // 500)]).float().mean()
-    print(recall, float(auc), len(bad))
-    assert recall[pairs] < recall[8] - 0.01 and auc >= 0.65
+    heard = probes.interference(p[0], rows(pairs), 2 * order + 1)
+
+    def auc(figure):
+        return float((figure[right][:, None] > figure[~right][None]).float().mean())
+
+    snr, cosine = auc(heard.snr[:, 0]), auc(heard.cosine[:, 0])
+    print(recall, snr, cosine)
+    assert recall[pairs] < recall[8] and (~right).sum() >= 50 and snr >= 0.65 and cosine >= 0.75
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +209,13 @@ def stacked():
         with probe(told.model, keep=()) as q:
             q.erase(layer, at=told.at, readers=mine, protect=others)
             left.append(told.right())
-    return SimpleNamespace(told=told, left=left, held=min((0, 1), key=lambda layer: left[layer][0]))
+    hidden = []  # [n·R dim] of the questions, before and behind each block
+    take = lambda _, __, out: hidden.append((out[0] if isinstance(out, tuple) else out)[:, rows()].flatten(0, 1))
+    hooks = [part.register_forward_hook(take) for part in (told.model.embedding, *told.model.blocks)]
+    told.right()
+    for hook in hooks:
+        hook.remove()
+    return SimpleNamespace(told=told, left=left, hidden=hidden, held=min((0, 1), key=lambda layer: left[layer][0]))
 
 
 @slow
@@ -220,29 +227,25 @@ def test_t11_the_layer_that_holds_the_pair_is_found(stacked):
 
 
 @slow
-@torch.no_grad()
 def test_t12_the_answer_appears_behind_that_layer(stacked):
-    told, seen = stacked.told, {}
-    keep = lambda name: lambda _, __, out: seen.update({name: (out[0] if isinstance(out, tuple) else out)[:, rows()].flatten(0, 1)})
-    parts = [told.model.embedding, *told.model.blocks]
-    hooks = [part.register_forward_hook(keep(f"{i} blocks")) for i, part in enumerate(parts)]
-    told.model(told.tokens)
-    for hook in hooks:
-        hook.remove()
-    found = probes.layer_curve(seen, told.meant.flatten(), groups=torch.arange(1000).repeat_interleave(PAIRS))
+    seen = {f"{i} blocks": x for i, x in enumerate(stacked.hidden)}
+    found = probes.layer_curve(seen, stacked.told.meant.flatten(), groups=torch.arange(1000).repeat_interleave(PAIRS))
     print(found)
     results = list(found.results.values())
     before, behind = results[stacked.held], results[stacked.held + 1]
     assert before.score <= 0.15 and behind.score >= 0.95 and max(behind.controls.values()) <= 0.10
 
 
-def test_t19_a_delta_rule_learns_eight_linear_maps():
-    """Unit keys and beta = 1 make the state Kaczmarz' iterate; surprise falls with its error. The median of eight problems."""
-    w, X = torch.randn(8, 16, 1).double(), torch.randn(8, 256, 16).double()
-    n = X.norm(dim=-1, keepdim=True)
-    k, v = (X / n)[:, :, None], (X @ w / n)[:, :, None]
-    _, state, found = linear_attention(k, k, v, None, torch.ones(8, 256, 1).double(), return_state=True, record=("writes",))
-    errors = (state.kv[:, 0] - w).norm(dim=(-2, -1)) / w.norm(dim=(-2, -1))
-    surprise = (found.writes.norm(dim=-1) / v.norm(dim=-1))[..., 0]
-    assert errors.median() <= 1e-3
-    assert (surprise[:, :16].mean(1) / surprise[:, -16:].median(1).values).median() >= 100
+@slow
+def test_t20_leace_takes_the_answer_out_of_the_last_hidden_state(stacked):
+    """Fitted on 700 sequences, told on 300 others by a probe that has learnt of the erased ones: all 32 values, and odd ones from even."""
+    X, meant, fitted = stacked.hidden[-1], stacked.told.meant.flatten(), 700 * PAIRS
+    for y, least, most in ((meant, 0.95, 0.10), (meant % 2, 0.80, 0.55)):
+
+        def told(X, y=y):
+            found = probes.LinearProbe().fit(X[:fitted], y[:fitted], controls=())
+            return float((found.predict(X[fitted:]) == y[fitted:]).float().mean())
+
+        before, after = told(X), told(probes.leace(X[:fitted], y[:fitted])(X))
+        print(before, after)
+        assert before >= least and after <= most

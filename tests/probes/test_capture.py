@@ -1,11 +1,14 @@
 """What a probe keeps is what the operator did: states, writes, who read what, in every form; and the model's outputs stay as they were."""
 
+import sys
+
 import pytest
 import torch
 
 import linattn
 from linattn import VARIANTS, probes
 from linattn.layers import Mixer
+from linattn.layers.convolution import ShortConvolution
 from linattn.layers.decays import ChannelGate, Place, ScalarGate
 from linattn.layers.variants import Variant
 
@@ -73,6 +76,27 @@ def test_keeping_changes_no_bit_and_states_are_those_of_the_model(variant, decod
                     close(p[name].snapshot(t).conv, state[i].conv, 1e-5)
 
 
+@pytest.mark.parametrize("variant", ["gated_delta", "taylorshift", "lion_s"])
+def test_off_costs_one_attribute_test(variant, decoder, tokens, monkeypatch):
+    """Each mixer and each convolution looks once whether it is probed, and no line of linattn.probes runs."""
+    model = decoder(variant)
+    looked, ran = [], set()
+    for kind, name in ((Mixer, "probe"), (ShortConvolution, "conv_probe")):
+        plain = kind.__getattribute__
+        spy = lambda self, asked, plain=plain, name=name: (asked == name and looked.append(id(self))) or plain(self, asked)
+        monkeypatch.setattr(kind, "__getattribute__", spy)
+    sys.setprofile(lambda frame, event, argument: ran.add(frame.f_globals.get("__name__", "")))
+    try:
+        with torch.no_grad():
+            model(tokens)
+    finally:
+        sys.setprofile(None)
+    monkeypatch.undo()
+    parts = [id(module) for module in model.modules() if isinstance(module, (Mixer, ShortConvolution))]
+    assert sorted(looked) == sorted(parts) and "linattn.layers.mixer" in ran
+    assert not [name for name in ran if name.startswith("linattn.probes")]
+
+
 @EACH
 def test_gradients_are_kept_bit_for_bit_too(variant, decoder, tokens):
     model = decoder(variant)
@@ -104,11 +128,9 @@ def test_rows_and_readers_are_exact(form, groups):
     close(joined(a, trace.v) + read, trace.o[:, [50, 69]])
 
 
-def two_sided(model, T=70):
-    """The states from each side after each token, by the operator itself on parts of the sequence."""
-    left = [model(T, part=slice(0, t + 1), return_state=True)[1] for t in range(T)]
-    right = [model(T, part=slice(t, T), return_state=True)[1] for t in range(T)]
-    return [s.kv[0] for s in left], [s.kv[1] for s in right]
+def two_sided(model, t, T=70):
+    """The state from each side after token t, by the operator itself on parts of the sequence."""
+    return (model(T, part=part, return_state=True)[1].kv[side] for side, part in enumerate((slice(0, t + 1), slice(t, T))))
 
 
 @FORM
@@ -118,20 +140,20 @@ def test_bidirectional_states_rows_and_readers(form, gating):
     with linattn.probe(model, keep=ALL) as p:
         model()
     trace = p[0]
-    left, right = two_sided(model)
     for t in (0, 7, 63, 64, 69):
-        close(trace.state(t, "left"), left[t])
-        close(trace.state(t, "right"), right[t])
+        left, right = two_sided(model, t)
+        close(trace.state(t, "left"), left)
+        close(trace.state(t, "right"), right)
     close(joined(trace.attention([3, 66]), trace.v), trace.o[:, [3, 66]])
     full = trace.attention([20])
     r = trace.readers([20], at=10, direction="left")
     far = full.clone()
     far[..., 11:] = 0
-    close(joined(far, trace.v)[:, 0], torch.einsum("bhrk,bhkv->brhv", r, left[10])[:, 0], 1e-10)
+    close(joined(far, trace.v)[:, 0], torch.einsum("bhrk,bhkv->brhv", r, trace.state(10, "left"))[:, 0], 1e-10)
     r = trace.readers([20], at=30, direction="right")
     far = full.clone()
     far[..., :30] = 0
-    close(joined(far, trace.v)[:, 0], torch.einsum("bhrk,bhkv->brhv", r, right[30])[:, 0], 1e-10)
+    close(joined(far, trace.v)[:, 0], torch.einsum("bhrk,bhkv->brhv", r, trace.state(30, "right"))[:, 0], 1e-10)
 
 
 def test_without_decay_both_sides_add_up_to_the_whole_and_with_decay_they_do_not():
@@ -160,6 +182,8 @@ def test_packed_states_are_those_of_the_sequences_alone(form, causal):
         rows = p[0].attention([b - 1])
         close(rows[..., a:b], alone[0].attention([b - 1 - a]))
         assert not rows[..., :a].any() and not rows[..., b:].any()
+    with pytest.raises(ValueError, match="packed sequences"):
+        print(p[0].at)
     if causal and not FORMS[form].normalize:
         close(p[0].readers([60], at=20), alone[0].readers([57], at=17))
 
@@ -253,7 +277,7 @@ def test_edits_are_made_again_where_activations_are_recomputed(decoder, tokens):
 
 def test_compiled_in_one_graph_on_and_off(decoder, tokens):
     torch._dynamo.reset()
-    model = decoder()
+    model = decoder(num_layers=1)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         want, _ = model(tokens)

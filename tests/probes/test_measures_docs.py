@@ -18,6 +18,7 @@ def run(*titles: str) -> dict:
     return space
 
 
+@pytest.mark.slow
 def test_onions():
     """The one section without training: scales are the layer's decay, in closed form."""
     found = run("Onions: codes by magnitude")

@@ -18,6 +18,9 @@ def says(*parts):
         ({"layers": "blocks.9.*"}, ("layers must match", "blocks.0.attention.mixer", "blocks.9")),
         ({"layers": 5}, ("layers must match", "5 matches nothing")),
         ({"layers": []}, ("layers must match",)),
+        ({"layers": 1.5}, ("layers must be names, patterns or numbers", "1.5")),
+        ({"heads": 1}, ("heads must be", "1")),
+        ({"device": "abacus"}, ("device must be", "abacus")),
         ({"keep": "states"}, ("keep must be of", "boundaries", "states")),
         ({"every": 0}, ("every must be", "got 0")),
         ({"heads": [-1]}, ("heads must be", "-1")),
@@ -34,6 +37,8 @@ def test_arguments(options, parts, decoder):
 def test_a_model_without_linear_attention():
     with says("no linear attention", "Sequential"):
         linattn.probe(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    with says("model must be a torch.nn.Module", "str"):
+        linattn.probe("model")
 
 
 def test_heads_that_are_not_there(decoder, tokens):
@@ -66,6 +71,15 @@ def test_two_probes_at_once(decoder):
             pass
     with linattn.probe(model):
         pass
+
+
+def test_sequences_split_over_processes(decoder):
+    """Context parallelism, of which `shard` is the mark: no process has a state of the whole sequence."""
+    model = decoder()
+    model.blocks[1].attention.shard = object()
+    with says("split over several processes", "blocks.1.attention.mixer", "context_parallel=1"), linattn.probe(model):
+        pass
+    assert all(block.attention.mixer.probe is None for block in model.blocks)
 
 
 def test_the_model_is_itself_again_after_an_error(decoder, tokens):
@@ -115,10 +129,14 @@ def test_edits(decoder, tokens):
         p.knockout(0, tokens=[1], what="both")
     with says("tokens must be"):
         p.knockout(0, tokens=[])
+    with says("fn must be a function", "3"):
+        p.edit(0, at=3, fn=3)
     with says("no edit was made"):
         print(p.last_edit)
     for edit, parts in (
         (lambda p: p.edit(0, at=3, fn=lambda S: S[..., :1]), ("must give a state of shape",)),
+        (lambda p: p.edit(0, at=3, fn=lambda S: None), ("must give a state of shape", "None")),
+        (lambda p: p.steer(0, at=3, key=torch.ones(99), value=torch.ones(32)), ("key must be", "99")),
         (lambda p: p.erase(0, at=3, readers=torch.ones(2, 2, 99)), ("readers must be", "99")),
         (lambda p: p.rewrite(0, at=3, readers=torch.ones(2, 2, 8), values=torch.ones(99)), ("values must be", "99")),
         (lambda p: p.edit(0, at=[3, 4, 5], fn=lambda S: S), ("one for each of 2 sequences", "3")),
@@ -163,7 +181,7 @@ def test_a_trace_of_another_model(decoder, tokens):
         linattn.probe(model).patch(0, at=10, source=donor)
 
 
-def test_what_was_not_kept_is_named(decoder, tokens):
+def test_what_was_not_kept_is_named(decoder, tokens, tmp_path):
     model = decoder()
     with linattn.probe(model, keep="gates") as p:
         model(tokens)
@@ -181,6 +199,13 @@ def test_what_was_not_kept_is_named(decoder, tokens):
         p[0].state(64)
     with says("nothing was kept"):
         linattn.probe(model)[0]
+    with says("nothing was kept"):
+        linattn.probe(model).save(tmp_path / "t.safetensors")
+    plain = decoder("gla")
+    with linattn.probe(plain, keep=ALL) as p:
+        plain(tokens)
+    with says("has no beta", "such a layer has none"):
+        probes.surprise(p[0])
 
 
 def test_rows_of_an_edited_run(decoder, tokens):

@@ -29,8 +29,8 @@ def test_the_walk_through_finds_one_pair_and_changes_it_alone(seed, capsys):
         print(name, found[name])
     base = found["before"][1]
     assert min(found["before"]) > 0.99
-    for erased, others in (found["erased"], found["unwritten"]):
-        assert erased < 0.1 and others > base - 0.01
+    assert found["erased"][0] <= 0.08 and found["erased"][1] >= base - 0.01
+    assert found["unwritten"][0] <= 0.10 and found["unwritten"][1] >= 0.98
     assert found["leak"] < 1e-4 and min(found["beside"]) > 0.98
     assert found["rewritten"] > 0.95 and found["kept"] > base - 0.01
     assert found["found"].score > 0.85 and max(found["found"].controls.values()) < 0.12 and found["lens"] > 0.85

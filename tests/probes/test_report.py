@@ -16,6 +16,7 @@ from linattn import Decoder, Encoder, VisionTransformer, cli, probes
 from linattn.layers import Mixer
 from linattn.layers.decays import Place
 from linattn.layers.variants import Variant
+from linattn.models import L2ViT
 
 TEXT = "To be, or not: <b>déjà $x$ vu</b> & 日本."
 
@@ -35,9 +36,28 @@ def test_the_table_is_of_the_models_own_states(decoder, tokens):
         assert row.bytes == S[0].numel() * 4
         assert row.beta is None and row.surprise is None and row.turned is None and row.side is None
     lines = str(table).splitlines()
-    assert len(lines) == 5 and "half-life" in lines[0] and "surprise" not in lines[0]
+    assert len(lines) == 6 and "half-life" in lines[0] and "surprise" not in lines[0] and lines[-1] == "no control"
     assert f"{table.rows[2].norm:.3g}" in lines[3].split() and lines[3].startswith(list(p)[1])
-    assert table._repr_html_().count("<tr>") == 5
+    assert table._repr_html_().count("<tr>") == 5 and "no control" in table._repr_html_()
+
+
+def test_controls_stand_below_their_rows(decoder, tokens):
+    model, tables = decoder("gla"), []
+    for each in (model, probes.untrained(model)):
+        with torch.no_grad(), linattn.probe(each, keep=("final", "gates")) as p:
+            each(tokens)
+        tables.append(p.report())
+    table = p.report(against={"trained": tables[0], "itself": tables[1]})
+    lines = str(table).splitlines()
+    assert len(lines) == 1 + 4 * 3 + 1 and lines[-1] == "controls: trained, itself"
+    for row, other, *three in zip(tables[1].rows, tables[0].rows, lines[1::3], lines[2::3], lines[3::3]):
+        assert f"{row.norm:.3g}" in three[0].split() and three[0].split()[1:] == three[2].split()[1:]
+        assert three[1].split()[0] == "trained" and f"{other.norm:.3g}" in three[1].split() and row.norm != other.norm
+    assert table._repr_html_().count("<tr>") == 1 + 4 * 3
+    with torch.no_grad(), linattn.probe(model, layers=1) as p:
+        model(tokens)
+    with pytest.raises(ValueError, match=r"against\['trained'\] must be a report of the same layers"):
+        p.report(against={"trained": tables[0]})
 
 
 def test_a_delta_rule_has_its_columns_and_padding_is_not_counted(decoder, tokens):
@@ -97,7 +117,7 @@ def written(saved):
     out = saved.parent / "report.html"
     result = run(saved, "--text", TEXT, "--at", 7, "--out", out)
     assert result.exit_code == 0, result.output
-    assert "half-life" in result.output and "2 layers" in result.output
+    assert "half-life" in result.output and "2 layers" in result.output and "controls: untrained model" in result.output
     return out
 
 
@@ -176,7 +196,7 @@ def pictured(tmp_path_factory):
     image.new("RGB", (50, 40)).save(folder / "dark.png")
     for name in ("lion_s", "retnet_natural"):
         torch.manual_seed(0)
-        model = VisionTransformer.create(f"vit_micro_{name}", img_size=(32, 48), patch_size=8, num_classes=3, num_layers=2)
+        model = VisionTransformer.create(f"vit_micro_{name}", img_size=(32, 48), patch_size=8, num_classes=3, num_layers=1)
         model.save_pretrained(folder / name)
         result = run(folder / name, "--image", folder / "dark.png", "--at", 8, "--out", folder / f"{name}.html")
         assert result.exit_code == 0, result.output
@@ -187,7 +207,7 @@ def pictured(tmp_path_factory):
 def test_the_page_of_an_image(pictured):
     for page, curves in zip(pictured, (1, 2), strict=True):
         text = page.read_text(encoding="utf-8")
-        assert text.count("data:image/png") == 1 + 2 * curves * 4  # by layer; of each walk two states, the image, all tokens
+        assert text.count("data:image/png") == 1 + curves * 4  # by layer; of each walk two states, the image, all tokens
         assert "32 × 48 pixels in 4 × 6 patches" in text and "the patch in row 1, column 1" in text and "<span" not in text
 
 
@@ -224,6 +244,37 @@ def test_the_page_of_a_text_seen_from_both_sides(tmp_path):
     result = run(tmp_path / "encoder", "--text", "a text", "--out", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert result.exit_code == 0 and page.count("data:image/png") == 1 + 4 and page.count("<span") == 6
+
+
+def test_the_page_of_a_swapped_model(tmp_path):
+    """The layer that was swapped, a text in the tokens of the model's own tokenizer, and a control that was swapped too."""
+    pytest.importorskip("matplotlib")
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=5, pad_token_id=None)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, bos_token_id=None, eos_token_id=0))
+    linattn.swap_attention(model, "hedgehog", layers=[1])
+    model.save_pretrained(tmp_path)
+    assert "the text token 121: save its tokenizer beside it" in run(tmp_path, "--text", "my text", "--out", tmp_path / "a.html").output
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "to": 1, "be": 2, "or": 3, "not": 4}, unk_token="</s>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path)
+    result = run(tmp_path, "--text", "to be or not to be", "--out", tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert result.exit_code == 0 and "1 layers" in result.output and "controls: untrained model" in result.output, result.output
+    assert page.count("<span") == 6 and ">not</span>" in page and page.count("data:image/png") == 1 + 3
+    assert "layers.1.self_attn.mixer" in page and "text must be given, and nothing else, for the LlamaForCausalLM" in run(tmp_path).output
+
+
+def test_the_page_of_a_pyramid(tmp_path):
+    """Each layer of L²ViT has patches of its own size; only its global attention is linear."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("PIL.Image").new("RGB", (50, 40)).save(tmp_path / "dark.png")
+    L2ViT.create("l2vit_tiny", depths=(1, 1, 2, 2), dims=(32, 32, 32, 32), num_classes=0).save_pretrained(tmp_path / "model")
+    result = run(tmp_path / "model", "--image", tmp_path / "dark.png", "--out", tmp_path / "a.html")
+    assert result.exit_code == 0 and "2 layers" in result.output, result.output
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "224 × 224 pixels in 14 × 14, 7 × 7 patches" in page and page.count("data:image/png") == 1 + 2 * 4
+    assert "at must not be given for a pyramid" in run(tmp_path / "model", "--image", tmp_path / "dark.png", "--at", 3).output
 
 
 def test_a_picture_that_cannot_be_read(pictured):

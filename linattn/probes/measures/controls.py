@@ -73,8 +73,8 @@ def untrained(model: nn.Module, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         config = getattr(model, "config", None)
         fresh = None if config is None else type(model)(config)
-    shapes = lambda m: {name: t.shape for name, t in m.state_dict().items()}
-    if fresh is None or shapes(fresh) != shapes(model):
+    made_of = lambda m: ([type(part) for part in m.modules()], {name: t.shape for name, t in m.state_dict().items()})
+    if fresh is None or made_of(fresh) != made_of(model):
         raise ValueError(f"model must be one that {type(model).__name__}(model.config) makes again; make an untrained one yourself")
     first = next(model.parameters())
     return fresh.to(first.device, first.dtype).train(model.training)

@@ -45,24 +45,32 @@ def surprise(trace: Trace) -> Tensor:
 
 
 class Interference(NamedTuple):
-    signal: Tensor  # [B HQ R]: |ā_tj| ‖u_j‖ of the write that is meant
+    signal: Tensor  # [B HQ R]: |a_tj| ‖v_j‖ of the token that is meant
     noise: Tensor  # root of the sum of squares of all others
     snr: Tensor  # signal / noise
+    cosine: Tensor  # between a_tj v_j and Σ a v, all that the row reads: 1, nothing else is heard; < 0, it is read the wrong way round
 
 
-def interference(trace: Trace, rows: Sequence[int], writes: Tensor | Sequence[int]) -> Interference:
-    """How loud the write that row t is meant to read is among all others: `writes` [R] or [B R], the token meant for each row.
+def interference(trace: Trace, rows: Sequence[int], tokens: Tensor | Sequence[int]) -> Interference:
+    """How loud the value that row t is meant to read is among all others: `tokens` [R] or [B R], whose value is meant for each row.
 
-    ā are the weights over writes (`trace.attention(rows, over="writes")`), so the norm of a term is |ā_tj| ‖u_j‖.
+    a are the weights over values, o_t = Σ_j a_tj v_j. Over what tokens wrote, u, a delta rule's later tokens would count as loud where they
+    only took others' values away again. snr adds others up as if they were unrelated; the cosine has them as they add up.
     """
-    trace.need("u", hint="writes")
-    a = trace.attention(rows, over="writes")
-    norms = trace.u.norm(dim=-1).mT  # [B H T]
-    w = a.abs() * norms.repeat_interleave(a.shape[1] // norms.shape[1], 1)[:, :, None]
-    meant = torch.as_tensor(writes, device=w.device).expand(len(w), len(rows))[:, None, :, None].expand(*w.shape[:3], 1)
-    signal = w.gather(-1, meant)[..., 0]
-    noise = (w.square().sum(-1) - signal.square()).clamp_min(0).sqrt()
-    return Interference(signal, noise, signal / noise.clamp_min(torch.finfo(w.dtype).tiny))
+    trace.need("v", hint="reads")
+    a = trace.attention(rows)
+    v = trace.v.to(a).transpose(1, 2).repeat_interleave(a.shape[1] // trace.v.shape[2], 1)  # [B HQ T V]
+    heard = a @ v
+    weight = a.abs() * v.norm(dim=-1)[:, :, None]
+    index = torch.as_tensor(tokens, device=a.device) - trace.first
+    if bool(((index < 0) | (index >= trace.length)).any()):
+        raise ValueError(f"tokens must lie in [{trace.first}, {trace.first + trace.length}), those that {trace.name!r} saw")
+    index = index.expand(len(a), len(rows))[:, None, :, None].expand(*a.shape[:3], 1)
+    signal = weight.gather(-1, index)[..., 0]
+    noise = (weight.square().sum(-1) - signal.square()).clamp_min(0).sqrt()
+    meant = a.gather(-1, index) * v.gather(2, index.expand(*index.shape[:3], v.shape[-1]))
+    cosine = torch.nn.functional.cosine_similarity(meant, heard, dim=-1)
+    return Interference(signal, noise, signal / noise.clamp_min(torch.finfo(a.dtype).tiny), cosine)
 
 
 class Ranks(NamedTuple):
@@ -149,8 +157,11 @@ def lens(
 
     r are the rows' readers, and the gate is theirs: without it the read-out is not the model's. residual [B R dim] is the stream that the
     layer adds to (None: 0). decode: from the stream to logits; None: the model's last norm and output, as of a `Decoder`, past all later
-    layers, as the logit lens does. It trains nothing and so needs no control. ValueError for a layer that is not linattn's own.
+    layers, as the logit lens does. It trains nothing and so needs no control. ValueError for a layer that is not linattn's own, or that
+    sees both sides.
     """
+    if not trace.causal:
+        raise ValueError(f"trace must be of a causal layer; {trace.name!r} is bidirectional")
     trace.need("x", hint="inputs")
     name = trace.name.rpartition(".")[0]
     layer = dict(model.named_modules()).get(name)
