@@ -28,7 +28,7 @@ def run(*, steps: int | None, lengths: list[int], out: Path | None, threads: int
     """
     began = time.perf_counter()
     console.print(_machine(facts), highlight=False)
-    checkout = (Path("pyproject.toml").exists() and Path("linattn", "cli.py").exists()) and out is None
+    checkout = (Path("pyproject.toml").exists() and Path("linattn", "__main__.py").exists()) and out is None
     out = out or (Path("bench", "results") if checkout else Path("linattn-demo"))
     folders = {variant: (Path("runs", "demo") if checkout else out / "runs") / variant for variant in VARIANTS}
     _forget_a_finished_one(folders)

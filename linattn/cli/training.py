@@ -1,75 +1,18 @@
-"""The command line: options become arguments, errors become one line. Nothing is computed here, nothing heavy imported before its use.
-
-Longer than other files, because an option and its help stand nowhere else.
-"""
+"""Commands that make models and what they are made of: train, data, swap."""
 
 import json
 import os
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
-from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
 
-LENGTHS = "256,1024,4096,16384"
-
-
-class OneLineErrors(TyperGroup):
-    """What a user can set right is one line on stderr and exit code 2; `--traceback` shows where it came from."""
-
-    def invoke(self, ctx):
-        from .build import CannotBuild
-
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:  # `| head` is no error of ours
-            raise
-        except (ValueError, OSError, FloatingPointError, CannotBuild) as error:
-            if ctx.params.get("traceback"):
-                raise
-            Console(stderr=True).print(f"[bold red]error:[/] {_escape(error) or type(error).__name__}", highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from None
-
-
-app = typer.Typer(
-    cls=OneLineErrors, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
-    help="Linear attention on one operator: train, generate, measure.", context_settings={"help_option_names": ["-h", "--help"]},
-)  # fmt: skip
-
-MODEL, DATA, OPTIMISATION, MACHINE, RUN, SAMPLING = (
-    partial(typer.Option, rich_help_panel=panel) for panel in ("Model", "Data", "Optimisation", "Machine", "Run", "Sampling")
-)
-VARIANTS = (
-    "linear, retnet, lightning, mamba2, gla, delta, gated_delta, kda, lion_lit, lion_d, lion_s, lion_lit_mlm, lion_d_mlm, lion_s_mlm, "
-    "taylorshift, ecoformer, molformer, sse_gla, sse_gdn or softmax"
-)
-Preset = Annotated[str | None, MODEL(help="Size: tiny, small, base, 350m or 1b.", show_default="tiny")]
-Variant = Annotated[str | None, MODEL(help=f"Attention: {VARIANTS}.", show_default="gla")]
-Threads = Annotated[int, MACHINE(help="CPU threads; 0: torch's default.")]
-Device = Annotated[str, MACHINE(help="auto, cpu, cuda, cuda:1, …")]
-Backend = Annotated[str, MACHINE(help="Backend of the operator; `linattn info` lists them.")]
-
-
-@app.callback()
-def root(
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show the Python traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
-    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Of the deepspeed launcher, which sets LOCAL_RANK too.")] = 0,
-) -> None:
-    if version:
-        from . import __version__
-
-        print(__version__)
-        raise typer.Exit
+from .app import DATA, MACHINE, MODEL, OPTIMISATION, RUN, Device, Preset, Threads, Variant, app
 
 
 @app.command()
@@ -139,7 +82,7 @@ def train(
     same number of threads bit for bit. What is not given comes from the run
     in --out, or else from the preset.
     """
-    from .train import loop, recipes
+    from ..train import loop, recipes
 
     made = recipes.make(recipe, preset, variant, steps=steps)
     out = out or Path("runs") / "-".join([*([] if recipe in (None, "decoder") else [recipe]), made.preset, made.variant])
@@ -159,7 +102,7 @@ def train(
     base = saved or made
     config = replace(base, **{name: value for name, value in options.items() if value is not None})
     if dry_run:
-        from .train import engine, estimate
+        from ..train import engine, estimate
 
         for line in estimate.dry_run(config, engine.pick_device(config.device), processes):
             print(line)
@@ -183,7 +126,7 @@ def build_data(
     field: Annotated[str, typer.Option(help="Of .jsonl and .parquet: where the text is.")] = "text",
 ) -> None:
     """Encode a corpus once, into files that every process of a training run maps and none reads as a whole."""
-    from .train import tokens
+    from ..train import tokens
 
     facts = tokens.build(tuple(paths), out, tokenizer=tokenizer, vocab_size=vocab_size, held_out=held_out, field=field)
     print(f"{out}: {facts['source']}, {facts['train']:,} tokens to train on, {facts['held_out']:,} held out, {facts['dtype']}")
@@ -202,144 +145,10 @@ def make_listops(
 
     Train on it with --set patch_size=1 and --option shift=0.
     """
-    from .train import listops
+    from ..train import listops
 
     listops.save(out, count, seed=seed, lengths=lengths, max_depth=max_depth, max_args=max_args)
     print(f"{out}: {count:,} expressions of {lengths[0]} to {lengths[1]} symbols")
-
-
-@app.command()
-def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a run, or one of its checkpoints.")],
-    prompt: Annotated[str, typer.Option(help="Text to go on from; empty: the start of a document.")] = "",
-    tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 256,
-    temperature: Annotated[float, SAMPLING(help="0: always the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, SAMPLING(help="Only the k likeliest tokens.", show_default="all")] = None,
-    top_p: Annotated[float | None, SAMPLING(help="Only the likeliest tokens of this total.", show_default="all")] = None,
-    seed: Annotated[int, SAMPLING(help="Of the choices.")] = 0,
-    threads: Threads = 0,
-    device: Device = "auto",
-    backend: Backend = "auto",
-) -> None:
-    """Go on from a prompt, written as it is generated, in constant memory for the linear variants."""
-    from .train import sample
-
-    sample.stream(
-        checkpoint, prompt, sys.stdout, say=_say_aside, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-        threads=threads, device=device, backend=backend,
-    )  # fmt: skip
-
-
-@app.command()
-def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a run of a decoder, or one of its checkpoints.")],
-    out: Annotated[Path, typer.Argument(help="Folder to make.")],
-) -> None:
-    """Write a trained decoder as a folder of transformers, with its tokenizer: AutoModelForCausalLM loads it where linattn is installed."""
-    from .models import Decoder
-    from .train import checkpoint as checkpoints
-    from .train import tokenizer
-
-    try:
-        from .models import transformers
-    except ModuleNotFoundError as error:
-        raise ValueError(f"export needs transformers ({error}): pip install 'linattn[hf]'") from None
-    folder = checkpoints.find(checkpoint, _say_aside)
-    coder = tokenizer.of_transformers(tokenizer.load(folder / "tokenizer.json"))
-    transformers.export(Decoder.from_pretrained(folder), out, coder)
-    print(f"{out}: AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")
-
-
-@app.command("probe")
-def probe_input(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Folder of a saved model, of linattn or swapped, of a run, or of one of its checkpoints.")
-    ],
-    text: Annotated[str | None, typer.Option(help="What a decoder or an encoder reads.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Picture that a vision transformer sees.")] = None,
-    out: Annotated[Path, typer.Option(help="HTML file to write; one that is there is replaced.")] = Path("report.html"),
-    at: Annotated[
-        int | None,
-        typer.Option(
-            help="Token whose state and attention are drawn.", show_default="the last; of an image its first, or the middle patch"
-        ),
-    ] = None,
-    threads: Threads = 0,
-    device: Device = "auto",
-    backend: Backend = "auto",
-) -> None:
-    """Write what every layer remembers of a text or an image, as one HTML page with its figures: half-lives, ranks, states, attention.
-
-    Beside the figures stand those of the same model at a random start.
-    """
-    import torch
-
-    from . import probe
-    from .probes import pages
-    from .probes.points import points
-    from .train import inputs
-
-    if threads:
-        torch.set_num_threads(threads)
-    if not out.absolute().parent.is_dir() or out.is_dir():
-        raise ValueError(f"out must be a file in a folder that is there; got {out}")
-    found = inputs.opened(checkpoint, text=text, image=image, device=device, backend=backend, say=_say_aside)
-    if at is not None and isinstance(found.grid, dict):
-        raise ValueError(f"at must not be given for a pyramid, whose layers have patches of several sizes; got {at}")
-
-    def seen(model):
-        layers = [name for name in points(model) if not name.endswith(".routed")]  # whose rows are no text: see `probes.points`
-        with torch.no_grad(), probe(model, layers=layers, keep=("final", "writes", "gates", "reads")) as p:
-            model(found.inputs)
-        return p
-
-    p = seen(found.model)
-    if at is not None and not 0 <= at < p[0].length:
-        raise ValueError(f"at must be one of the {p[0].length} tokens, from 0; got {at}")
-    against = {"untrained model": seen(found.untrained()).report()}
-    shown = dict(words=found.words) if found.grid is None else dict(image=found.inputs[0], grid=found.grid)
-    title = f"What {checkpoint.name} remembers"
-    out.write_text(pages.page(p, title=title, at=at, facts=found.facts, against=against, **shown), encoding="utf-8")
-    print(p.report(against=against))
-    print(f"{out}: {len(p)} layers, {out.stat().st_size:,} bytes")
-
-
-@app.command()
-def bench(
-    preset: Preset = None,
-    variant: Annotated[list[str] | None, MODEL(help=f"Attention: {VARIANTS}; repeatable.", show_default="softmax, gla")] = None,
-    lengths: Annotated[str, typer.Option(help="Numbers of tokens T, with commas.")] = LENGTHS,
-    seconds: Annotated[float, typer.Option(help="Time spent on each figure; the longest T may take more.", min=0)] = 2.0,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the record.")] = None,
-    threads: Threads = 0,
-    device: Device = "auto",
-    backend: Backend = "auto",
-) -> None:
-    """Measure decoders against the number of tokens: forward + backward, generation, and the memory of each."""
-    from .train import throughput
-
-    rows = throughput.table(
-        preset or "tiny", variant or ["softmax", "gla"], _integers("lengths", lengths, 2), seconds=seconds, threads=threads, device=device,
-        backend=backend, console=Console(),
-    )  # fmt: skip
-    if out:
-        throughput.save(out, rows, command=_command(), **_facts(threads))
-
-
-@app.command()
-def demo(
-    steps: Annotated[int | None, typer.Option(help="Training steps of each decoder.", show_default="about a minute's")] = None,
-    lengths: Annotated[str, typer.Option(help="Numbers of tokens T to measure at, with commas.")] = LENGTHS,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for demo.png and demo.json.", show_default="bench/results in a checkout, else linattn-demo")
-    ] = None,
-    threads: Threads = 0,
-) -> None:
-    """Train a linear and a softmax decoder on real text, generate, measure both, and draw it: about three minutes on two cores."""
-    from .train import demo as show
-
-    T, facts = _integers("lengths", lengths, 2), _facts(threads)
-    raise typer.Exit(show.run(steps=steps, lengths=T, out=out, threads=threads, command=_command(), facts=facts, console=Console()))
 
 
 @app.command()
@@ -372,8 +181,8 @@ def swap(
     import torch
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from .swap.recipe import Recipe, linearise_model
-    from .train import hosts
+    from ..swap.recipe import Recipe, linearise_model
+    from ..train import hosts
 
     if threads:
         torch.set_num_threads(threads)
@@ -400,88 +209,12 @@ def swap(
     say(f"the model: linattn.from_pretrained({str(out)!r}); the report: {out / 'report.json'}")
 
 
-@app.command()
-def info() -> None:
-    """Versions, devices, and which backends are there and why the others are not."""
-    from rich.table import Table
-
-    from .info import facts
-
-    table = Table(box=None, show_header=False)
-    for section, lines in facts().items():
-        table.add_row(f"[bold]{section}[/]")
-        for name, found in lines.items():
-            table.add_row(f"  {_escape(name)}", _escape(found))
-    Console().print(table, highlight=False)
-
-
-@app.command("warmup")
-def warm_up(
-    width: Annotated[list[int] | None, typer.Option(help="K = V of a head; repeatable.", show_default="64 and 128")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-) -> None:
-    """Compile the Triton kernels of the usual calls into Triton's cache, on the GPU at hand, so that nothing later waits for a compiler."""
-    import torch
-
-    from .ops.triton.warmup import warmup
-
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if dtype not in dtypes:
-        raise ValueError(f"dtype must be one of {list(dtypes)}; got {dtype!r}")
-    warmup(widths=tuple(width or (64, 128)), dtype=dtypes[dtype])
-
-
-@app.command()
-def build() -> None:
-    """Compile the C++ kernels for the torch that is installed."""
-    from .build import build as compile_kernels
-
-    compile_kernels()
-
-
 def _program() -> str:
     """How this program was called, as it can be typed again."""
     name = Path(sys.argv[0]).name
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', os.environ['WORLD_SIZE'])} -m linattn"
     return shlex.join([sys.executable, "-m", "linattn"]) if name in ("__main__.py", "-c") else shlex.quote(sys.argv[0])
-
-
-def _command() -> str:
-    """The same for a record, which names no folder of the machine it was made on."""
-    return f"python -m linattn {shlex.join(sys.argv[1:])}"
-
-
-def _facts(threads: int) -> dict[str, Any]:
-    """What a record says of its making, besides the command; no folder of the machine either."""
-    import torch
-
-    from .info import facts
-
-    if threads:
-        torch.set_num_threads(threads)
-    found = facts()
-    found["kernels"].pop("file", None)
-    return {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": _commit(), **found}
-
-
-def _commit() -> str:
-    """The commit of the checkout this package lies in, with a + if it was changed since; "none" where it is installed elsewhere."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists() or not shutil.which("git"):
-        return "none"
-    git = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True).stdout.strip()
-    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def _integers(name: str, text: str, least: int) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{name} must be whole numbers with commas between; got {text!r}") from None
-    if min(numbers) < least:
-        raise ValueError(f"{name} must be at least {least}; got {min(numbers)}")
-    return numbers
 
 
 def _json(option: str, path: Path | None) -> Any:
@@ -509,17 +242,3 @@ def _number(text: str) -> object:
         except ValueError:
             continue
     return text
-
-
-def _escape(text: object) -> str:
-    from rich.markup import escape
-
-    return escape(str(text))
-
-
-def _say_aside(message: str) -> None:
-    print(message, file=sys.stderr)
-
-
-def main() -> None:
-    app()
