@@ -3,8 +3,8 @@
 The table at the end of docs/probes.md has them by number, with what was wanted, what is reached, and the tests that hold them: these, the
 walk-through of that page, which test_probe_docs.py runs for three seeds, and tests of exact properties in the files beside this one.
 
-The model of the first group is the design's clean memory: a convolution of width 2 on keys alone and no activation, so that the value's token
-writes the pair. Layers as they come, which store a pair at one token or the next, are the walk-through's. What trains is marked slow.
+The model of the first group is the design's clean memory: a convolution of width 2 on keys alone and no activation, so that the token of
+the value writes the pair. Layers as they come, which store it at one token or the next, are the walk-through's. What trains is slow.
 """
 
 from dataclasses import replace
