@@ -161,7 +161,7 @@ class KernelHash(nn.Module):
         return residuals
 
     def _greedy(self, kappa, labels, start, steps, lr, momentum):
-        """kappa [B H T m], labels [B H T T], start [H bits m]: fills self.weight, bit by bit. The gradient of cost(y), y = tanh(kappa w / 2), is
+        """kappa [B H T m], labels [B H T T], start [H bits m]: fills self.weight, bit by bit. The gradient of cost(tanh(kappa w / 2)) is
         written out: the whole fit is eight times faster than by autograd."""
         scale = kappa.shape[2] * self.bits
         cost = lambda y: -torch.einsum("bht,bhts,bhs->bh", y, labels, y).mean() / scale
