@@ -101,6 +101,9 @@ def test_a_tokenizer_of_transformers(folder):
     assert host.bits_per_byte(model) == pytest.approx(8.129 / bytes_per_token, rel=0.1)
     with torch.no_grad():
         assert host.load()(**host.batch(0)).logits.shape == (2, 16, 280)
+    stages = ("--transfer", 0, "--distill", 1, "--context", 16, "--batch", 2)
+    result = swap(folder / "model", "--out", folder / "out", "--data", folder / "text.txt", *stages)
+    assert result.exit_code == 0 and (folder / "out" / "tokenizer.json").exists(), result.output  # which `linattn probe` then reads with
 
 
 @pytest.mark.parametrize(
