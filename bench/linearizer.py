@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from linattn.models import VisionTransformer
-from linattn.swap.losses import vit_linearizer
+from linattn.swap.losses import hide, vit_linearizer
 from linattn.train import images, optimizer
 from linattn.train.schedule import learning_rate
 
@@ -23,12 +23,10 @@ SIZES = dict(img_size=28, patch_size=PATCH, in_chans=1, num_classes=10, num_laye
 STEPS, TEACHING, BATCH, LR, WEIGHT, MASKED, SEEDS = 200, 1500, 32, 3e-3, 1.0, 0.5, (0, 1, 2)
 
 
-def hide(pixels: torch.Tensor, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [B 1 h w] with a share MASKED of their patches at 0, and which [B patches]."""
-    rows, columns = pixels.shape[-2] // PATCH, pixels.shape[-1] // PATCH
-    away = torch.rand(len(pixels), rows * columns, generator=draw).argsort(1) < rows * columns * MASKED
-    hidden = away.view(-1, 1, rows, columns).repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
-    return pixels.masked_fill(hidden, 0.0), away
+def hidden(pixels: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """Which patches [B patches] of images [B 1 h w] are hidden: a share MASKED of each."""
+    patches = (pixels.shape[-2] // PATCH) * (pixels.shape[-1] // PATCH)
+    return torch.rand(len(pixels), patches, generator=draw).argsort(1) < patches * MASKED
 
 
 def stages(model: VisionTransformer, pixels: torch.Tensor) -> list[torch.Tensor]:
@@ -47,10 +45,10 @@ def fit(name: str, seed: int, data: images.Images, steps: int, teacher: VisionTr
         pixels, labels = images.batch(data.train, of=BATCH, rows=range(BATCH), seed=seed, step=step, shift=1)
         loss = F.cross_entropy(model(pixels), labels)
         if teacher is not None:
-            hidden, away = hide(pixels, draw)
+            away = hidden(pixels, draw)
             with torch.no_grad():
                 told = stages(teacher, pixels)
-            loss = loss + WEIGHT * sum(vit_linearizer(stages(model, hidden), told, away))
+            loss = loss + WEIGHT * sum(vit_linearizer(stages(model, hide(pixels, away, PATCH)), told, away))
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
