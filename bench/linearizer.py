@@ -61,7 +61,8 @@ def fit(name: str, seed: int, data: images.Images, steps: int, teacher: VisionTr
 @torch.no_grad()
 def accuracy(model: VisionTransformer, data: images.Images) -> float:
     pixels, labels = data.held_out
-    return (model(pixels).argmax(-1) == labels).double().mean().item()
+    answers = model(images.scaled(pixels, list(range(len(labels))))).argmax(-1)
+    return (answers == labels).double().mean().item()
 
 
 def main() -> None:
