@@ -33,14 +33,14 @@ struct Call {
   Rows q, k, v;              // [B T G·H K], [B T H K], [B T H V]
   const float* g;            // contiguous log decay of its kind, or null
   const float* beta;         // [B T H] or null
-  const float *kv, *z;       // initial states [D N H K V], [D N H K]
+  const float *kv, *z;       // initial states [D N H K V], [D N H K], or null: zeros
   int width;                 // heads walked side by side: they share pages of memory, and a page is worth its look-up
   int segments;              // each sequence is cut into this many for parallelism (additive writes only)
 };
 
 struct Forward : Call {
   Rows o;                    // [B T G·H V]
-  float *kv_out, *z_out;     // as kv, z
+  float *kv_out, *z_out;     // as kv, z; null where nobody wants them
   float* d;                  // [B T G·H] row sums, where normalised
   float *bkv, *bz;           // boundaries [D B rows H K V], [D B rows H K], or null
   float* u;                  // writes [D B T H V], or null
@@ -50,10 +50,10 @@ struct Forward : Call {
 
 struct Backward : Forward {  // o and d hold the forward's results; kv_out … u are unused
   Rows grad;                 // do
-  const float *dkv_out, *dz_out, *dbkv, *dbz, *du;
+  const float *dkv_out, *dz_out, *dbkv, *dbz, *du;  // null: zeros
   Rows dq, dk, dv;
   float *dg, *dbeta;         // [D B T H (K)], [D B T H]
-  float *dkv, *dz;
+  float *dkv, *dz;           // null where nobody wants them
   float *seg_dkv, *seg_dz;   // the same two of the gradient states
 };
 

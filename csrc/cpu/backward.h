@@ -31,9 +31,9 @@ STAGE void query_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p
     Ahead queries;
     queries.also(span(a.grad, w, next, h), a.V).also(span(a.q, w, next, h), a.K);
     const Span dq = span(a.dq, w, p, h);
-    const bool direct = rows == C && !dq.bf16 && a.K == Kp && !normal && !decays && !add;  // straight to memory, without the tile
+    const bool direct = !dq.stream && rows == C && !dq.bf16 && a.K == Kp && !normal && !decays && !add;  // straight to memory, without the tile
     emit(s.dn, Vp, s.S, Kp, channel || !decays ? nullptr : s.gate.seen, channel ? nullptr : s.dP, LOWER, s.k,
-         direct ? reinterpret_cast<float*>(dq.p) : s.dq, direct ? dq.step : Kp, direct && dq.stream, &queries);
+         direct ? reinterpret_cast<float*>(dq.p) : s.dq, direct ? dq.step : Kp, &queries);
     if (direct) continue;
     if (channel) {
       finish_read(s.dq, Kp, normal ? s.dd : nullptr, s.z, s.gate.seen_k);
@@ -126,7 +126,7 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
     for (int i = 0; i < C * Vp; i += LANES) store(s.du + i, load(s.du + i) + load(s.wide + i));
   }
   const Span dk = span(a.dk, w, p, w.h);
-  const bool direct = rows == C && !dk.bf16 && a.K == Kp && a.G == 1 && !normal && !decays && !a.delta && !add;
+  const bool direct = !dk.stream && rows == C && !dk.bf16 && a.K == Kp && a.G == 1 && !normal && !decays && !a.delta && !add;
   Across across;
   const float* reads = s.q_seen;
   // emit
@@ -138,7 +138,7 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
     const bool first = g == 0;
     if (first) {
       emit(u, Vp, s.dS, Kp, channel || !decays ? nullptr : gate.kept, channel ? nullptr : s.dP, LOWER_TRANSPOSED, s.q,
-           direct ? reinterpret_cast<float*>(dk.p) : s.dk, direct ? dk.step : Kp, direct && dk.stream);
+           direct ? reinterpret_cast<float*>(dk.p) : s.dk, direct ? dk.step : Kp);
       float ones[C];
       for (float& x : ones) x = 1.0f;
       if (channel || normal) finish_read(s.dk, Kp, !normal ? nullptr : channel ? ones : gate.kept, s.dz, channel ? gate.kept_k : nullptr);
@@ -259,7 +259,7 @@ static void whole_backward(const Backward& a, Job job, Gradients& s) {
       load_rows(span(a.q, at, p, h), rows, int(a.K), 1.0f, s.q, Kp);
       Ahead ahead;
       if (p + C < w.length) ahead.also(span(a.grad, at, p + C, h), a.V).also(span(a.q, at, p + C, h), a.K);
-      emit(s.dn, Vp, s.S, Kp, nullptr, nullptr, ALL, nullptr, s.dq, Kp, false, &ahead);
+      emit(s.dn, Vp, s.S, Kp, nullptr, nullptr, ALL, nullptr, s.dq, Kp, &ahead);
       if (normal) finish_read(s.dq, Kp, s.dd, s.z, nullptr);
       store_rows(s.dq, Kp, rows, int(a.K), 1.0f, span(a.dq, at, p, h), false);
       carry(s.dS, Vp, Kp, {1.0f}, s.dn, false, s.q);
@@ -272,7 +272,7 @@ static void whole_backward(const Backward& a, Job job, Gradients& s) {
   each_chunk(a, w, s, [&](const Walk& at, int64_t p, int rows) {
     load_chunk(a, at, s, p, rows, NOTHING, false);
     Ahead ahead = next_keys(a, at, p + C);
-    emit(s.v, Vp, s.dS, Kp, nullptr, nullptr, ALL, nullptr, s.dk, Kp, false, &ahead);
+    emit(s.v, Vp, s.dS, Kp, nullptr, nullptr, ALL, nullptr, s.dk, Kp, &ahead);
     if (normal) finish_read(s.dk, Kp, ones, s.dz, nullptr);
     store_rows(s.dk, Kp, rows, int(a.K), 1.0f, span(a.dk, at, p, at.h), false);
     transpose(s.k, Kp, C, Kp, s.kT, C);

@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
+#include <initializer_list>
 #include <mutex>
 #include <numeric>
 #include <stdexcept>
@@ -60,10 +62,14 @@ const Kernels*& chosen() {
 const Kernels& kernels() { return *chosen(); }
 
 // Large outputs come from here. What the system hands out fresh, and takes back at once, costs as much in page faults as the arithmetic
-// that fills it; so a freed block is kept for the next output of its size, up to LIMIT bytes in all, and blocks are of huge pages.
+// that fills it; so a freed block is kept for the next output of its size, up to LIMIT bytes in all, and large ones are of huge pages.
 class Pages {
  public:
-  static constexpr size_t SMALLEST = size_t(1) << 21, LIMIT = size_t(1) << 30;
+  static constexpr size_t SMALLEST = size_t(1) << 18, HUGE = size_t(1) << 21, LIMIT = size_t(1) << 30;
+  static size_t whole(size_t bytes) {  // in units of 64 KiB, or of huge pages
+    const size_t unit = bytes < HUGE ? size_t(1) << 16 : HUGE;
+    return (bytes + unit - 1) / unit * unit;
+  }
   void* take(size_t bytes) {
     {
       std::lock_guard<std::mutex> hold(lock);
@@ -75,9 +81,9 @@ class Pages {
           return p;
         }
     }
-    void* p = std::aligned_alloc(SMALLEST, bytes);
+    void* p = std::aligned_alloc(bytes < HUGE ? 4096 : HUGE, bytes);
 #if defined(__linux__)
-    if (p) madvise(p, bytes, MADV_HUGEPAGE);
+    if (p && bytes >= HUGE) madvise(p, bytes, MADV_HUGEPAGE);
 #endif
     return p;
   }
@@ -111,7 +117,7 @@ Tensor make(const Tensor& like, std::vector<int64_t> shape, std::optional<Scalar
   }
   AtenTensorHandle handle;
   if (bytes >= Pages::SMALLEST && torch_from_blob) {
-    bytes = (bytes + Pages::SMALLEST - 1) / Pages::SMALLEST * Pages::SMALLEST;
+    bytes = Pages::whole(bytes);
     void* p = pages().take(bytes);
     const auto release = [](void* block, void* size) { pages().give(block, reinterpret_cast<size_t>(size)); };
     if (p && torch_from_blob(p, int64_t(shape.size()), shape.data(), strides.data(), 0, code, aoti_torch_device_type_cpu(), -1, &handle,
@@ -191,7 +197,7 @@ struct Ends {  // cu_seqlens in the width the kernels read
   int64_t length(int64_t n) const { return at[n + 1] - at[n]; }
 };
 
-void describe(Call& a, const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& g, const Maybe& beta, const Tensor& kv, const Tensor& z,
+void describe(Call& a, const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& g, const Maybe& beta, const Maybe& kv, const Maybe& z,
               const Ends& ends, double scale, bool causal, int64_t gating, int64_t normalize, double eps, int64_t stride) {
   a.B = q.size(0), a.T = q.size(1), a.H = k.size(2), a.G = q.size(2) / a.H, a.K = q.size(3), a.V = v.size(3);
   a.sequences = ends.at.empty() ? a.B : int64_t(ends.at.size()) - 1;
@@ -207,11 +213,13 @@ void describe(Call& a, const Tensor& q, const Tensor& k, const Tensor& v, const 
   const int64_t heads = a.sequences * a.H, threads = torch::stable::get_num_threads();
   a.segments = a.delta || stride || heads == 0 || heads >= threads ? 1 : int((threads + heads - 1) / heads);
   if (a.T < 4 * ANCHOR * a.segments) a.segments = 1;
-  // Heads side by side, as long as every thread has a job, no job is more than a thread's share, and their states stay in the second cache.
+  // Heads side by side where the call outgrows the caches, as long as every thread has a job, no job is more than a thread's share, and their
+  // states stay in the second cache. Where it does not, single heads share the threads out more evenly.
   const int64_t longest = a.ends && heads ? ends.length(ends.longest_first[0]) : a.T, tokens = a.ends ? a.T : a.B * a.T;
   a.width = 1;
+  const bool outgrows = tokens * a.H * (a.G * (a.K + a.V) + a.K + a.V) >= int64_t(4) << 20;
   for (int w : {2, 4})
-    if (a.H % w == 0 && heads / w >= threads && longest * w * threads <= tokens * a.H && w * a.K * a.V <= 32768) a.width = w;
+    if (outgrows && a.H % w == 0 && heads / w >= threads && longest * w * threads <= tokens * a.H && w * a.K * a.V <= 32768) a.width = w;
 }
 
 struct Segments {  // what each segment adds, then what enters it
@@ -226,7 +234,9 @@ struct Segments {  // what each segment adds, then what enters it
     const int64_t n = a.segments, heads = a.sequences * a.H, KV = a.K * a.V;
     for (int64_t d = 0; d < (a.causal ? 1 : 2); ++d)
       for (int64_t h = d * heads; h < (d + 1) * heads; ++h) {
-        std::vector<float> S(kv0 + h * KV, kv0 + (h + 1) * KV), Z(z0 + h * a.K, z0 + (h + 1) * a.K);
+        std::vector<float> S(KV), Z(a.K);
+        if (kv0) std::copy_n(kv0 + h * KV, KV, S.begin());
+        if (z0) std::copy_n(z0 + h * a.K, a.K, Z.begin());
         const bool from_end = (d == 1) != backward;
         for (int64_t i = 0; i < n; ++i) {
           const int64_t at = h * n + (from_end ? n - 1 - i : i);
@@ -252,25 +262,25 @@ Job job_of(const Call& a, const Ends& ends, int64_t i) {
   return {a.ends ? ends.longest_first[n] : n, i / a.segments % groups * a.width, i % a.segments};
 }
 
-using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// What nobody wants, or the call does not have, is not there. Types of results are those of the schemas in linattn/ops/cpu.py, to the letter.
+Maybe make_if(bool wanted, const Tensor& like, std::vector<int64_t> shape) { return wanted ? Maybe(make(like, std::move(shape))) : std::nullopt; }
+float* write(const Maybe& x) { return x ? floats(*x) : nullptr; }
 
-Seven forward(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& g, const Maybe& beta, const Tensor& kv, const Tensor& z,
-              const Maybe& cu, double scale, bool causal, int64_t gating, int64_t normalize, double eps, int64_t stride, bool writes) {
+std::tuple<Tensor, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe> forward(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& g, const Maybe& beta, const Maybe& kv, const Maybe& z, const Maybe& cu, double scale,
+    bool causal, int64_t gating, int64_t normalize, double eps, int64_t stride, bool writes, bool final) {
   const Ends ends(cu);
   Forward a;
   describe(a, q, k, v, g, beta, kv, z, ends, scale, causal, gating, normalize, eps, stride);
   const int64_t D = causal ? 1 : 2;
   const bool normal = normalize != PLAIN;
   Tensor o = make(q, {a.B, a.T, a.H * a.G, a.V}, std::nullopt);
-  Tensor kv_out = make(q, {D, a.sequences, a.H, a.K, a.V});
-  Tensor z_out = normal ? make(q, {D, a.sequences, a.H, a.K}) : make(q, {0});
-  Tensor d = normal ? make(q, {a.B, a.T, a.H * a.G}) : make(q, {0});
-  Tensor bkv = torch::stable::new_zeros(q, {D, a.B, a.rows, a.H, a.K, a.V}, ScalarType::Float);
-  Tensor bz = torch::stable::new_zeros(q, {D, a.B, normal ? a.rows : 0, a.H, a.K}, ScalarType::Float);
-  Tensor u = make(q, {D, a.B, writes ? a.T : 0, a.H, a.V});
+  Maybe kv_out = make_if(final, q, {D, a.sequences, a.H, a.K, a.V}), z_out = make_if(final && normal, q, {D, a.sequences, a.H, a.K});
+  Maybe d = make_if(normal, q, {a.B, a.T, a.H * a.G}), u = make_if(writes, q, {D, a.B, a.T, a.H, a.V}), bkv, bz;
+  if (stride) bkv = torch::stable::new_zeros(q, {D, a.B, a.rows, a.H, a.K, a.V}, ScalarType::Float);
+  if (stride) bz = torch::stable::new_zeros(q, {D, a.B, normal ? a.rows : 0, a.H, a.K}, ScalarType::Float);
   a.o = output_rows(o);
-  a.kv_out = floats(kv_out), a.z_out = floats(z_out), a.d = floats(d);
-  a.bkv = stride ? floats(bkv) : nullptr, a.bz = floats(bz), a.u = writes ? floats(u) : nullptr;
+  a.kv_out = write(kv_out), a.z_out = write(z_out), a.d = write(d), a.bkv = write(bkv), a.bz = write(bz), a.u = write(u);
   Segments seg(a);
   a.seg_kv = seg.kv.data(), a.seg_z = seg.z.data(), a.seg_fade = seg.fade.data();
   const int64_t jobs = a.sequences * (a.H / a.width) * a.segments;
@@ -283,26 +293,30 @@ Seven forward(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& g,
   return {o, kv_out, z_out, d, bkv, bz, u};
 }
 
-// Gradients of q, k, v, log_decay and beta (with a leading axis of directions), kv, z.
-Seven backward(const Tensor& grad, const Tensor& dkv_out, const Tensor& dz_out, const Maybe& dbkv, const Maybe& dbz, const Maybe& du,
-               const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& g, const Maybe& beta, const Tensor& kv, const Tensor& z,
-               const Maybe& cu, const Tensor& o, const Tensor& d, double scale, bool causal, int64_t gating, int64_t normalize, double eps,
-               int64_t stride) {
+// Gradients of q, k, v, log_decay and beta (bidirectional, or a decay per head: with leading axes [D B T], still to be summed), kv, z.
+std::tuple<Tensor, Tensor, Tensor, Maybe, Maybe, Maybe, Maybe> backward(
+    const Tensor& grad, const Maybe& dkv_out, const Maybe& dz_out, const Maybe& dbkv, const Maybe& dbz, const Maybe& du, const Tensor& q,
+    const Tensor& k, const Tensor& v, const Maybe& g, const Maybe& beta, const Maybe& kv, const Maybe& z, const Maybe& cu, const Tensor& o,
+    const Maybe& d, double scale, bool causal, int64_t gating, int64_t normalize, double eps, int64_t stride) {
   const Ends ends(cu);
   Backward a;
   describe(a, q, k, v, g, beta, kv, z, ends, scale, causal, gating, normalize, eps, stride);
   const int64_t D = causal ? 1 : 2;
+  const auto sided = [&](std::vector<int64_t> shape) {
+    if (D == 2) shape.insert(shape.begin(), D);
+    return shape;
+  };
   Tensor dq = make(q, {a.B, a.T, a.H * a.G, a.K}, std::nullopt), dk = make(q, {a.B, a.T, a.H, a.K}, std::nullopt);
   Tensor dv = make(q, {a.B, a.T, a.H, a.V}, std::nullopt);
-  Tensor dg = !g ? make(q, {0}) : a.decay == CHANNEL ? make(q, {D, a.B, a.T, a.H, a.K}) : make(q, {D, a.B, a.T, a.H});
-  Tensor dbeta = beta ? make(q, {D, a.B, a.T, a.H}) : make(q, {0});
-  Tensor dkv = make(q, {D, a.sequences, a.H, a.K, a.V}), dz = make(q, {D, a.sequences, a.H, a.K});
+  Maybe dg = make_if(a.decay != NONE, q, sided(a.decay == CHANNEL ? std::vector{a.B, a.T, a.H, a.K} : std::vector{a.B, a.T, a.H}));
+  Maybe dbeta = make_if(a.delta, q, sided({a.B, a.T, a.H}));
+  Maybe dkv = make_if(kv.has_value(), q, {D, a.sequences, a.H, a.K, a.V}), dz = make_if(z.has_value(), q, {D, a.sequences, a.H, a.K});
   a.o = rows_of(o), a.grad = rows_of(grad), a.dq = output_rows(dq), a.dk = output_rows(dk), a.dv = output_rows(dv);
   a.d = const_cast<float*>(read(d));
   a.dkv_out = read(dkv_out), a.dz_out = read(dz_out), a.du = read(du);
   a.dbkv = stride ? read(dbkv) : nullptr, a.dbz = dbz && dbz->numel() ? read(dbz) : nullptr;
   a.bkv = nullptr, a.u = nullptr;
-  a.dg = floats(dg), a.dbeta = floats(dbeta), a.dkv = floats(dkv), a.dz = floats(dz);
+  a.dg = write(dg), a.dbeta = write(dbeta), a.dkv = write(dkv), a.dz = write(dz);
   Segments seg(a), dseg(a);
   a.seg_kv = seg.kv.data(), a.seg_z = seg.z.data(), a.seg_fade = seg.fade.data(), a.seg_dkv = dseg.kv.data(), a.seg_dz = dseg.z.data();
   const int64_t jobs = a.sequences * (a.H / a.width) * a.segments;
@@ -319,20 +333,36 @@ Seven backward(const Tensor& grad, const Tensor& dkv_out, const Tensor& dz_out, 
   return {dq, dk, dv, dg, dbeta, dkv, dz};
 }
 
-std::tuple<Tensor, Tensor, Maybe> step(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& g, const Maybe& beta, const Tensor& kv,
-                                        const Maybe& z, double scale, int64_t normalize, double eps) {
+bool is(const Tensor& x, ScalarType type, std::initializer_list<int64_t> shape) {
+  if (x.dim() != int64_t(shape.size()) || x.scalar_type() != type || !x.is_contiguous()) return false;
+  const int64_t* size = shape.begin();
+  for (int64_t i = 0; i < x.dim(); ++i)
+    if (x.size(i) != size[i]) return false;
+  return true;
+}
+
+// Nothing where the arguments do not fit together as they are: checked here, for in Python that takes longer than the token.
+std::tuple<Maybe, Maybe, Maybe> step(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& g, const Maybe& beta, const Tensor& kv,
+                                     const Maybe& z, std::optional<double> scale, int64_t normalize, double eps) {
+  const ScalarType type = q.scalar_type(), full = ScalarType::Float;
+  if (q.dim() != 3 || k.dim() != 3 || v.dim() != 3 || (type != full && type != ScalarType::BFloat16)) return {};
   Step a;
-  a.B = k.size(0), a.H = k.size(1), a.G = q.size(1) / a.H, a.K = k.size(2), a.V = v.size(2);
+  a.B = k.size(0), a.H = k.size(1), a.K = k.size(2), a.V = v.size(2);
+  if (a.H == 0 || a.K == 0 || a.V == 0 || q.size(1) == 0 || q.size(1) % a.H) return {};
+  a.G = q.size(1) / a.H;
+  if (!is(q, type, {a.B, a.H * a.G, a.K}) || !is(k, type, {a.B, a.H, a.K}) || !is(v, type, {a.B, a.H, a.V})) return {};
+  if (!is(kv, full, {a.B, a.H, a.K, a.V}) || z.has_value() != (normalize != PLAIN) || (z && !is(*z, full, {a.B, a.H, a.K}))) return {};
+  if (g && !is(*g, full, {a.H}) && !is(*g, full, {a.B, a.H}) && !is(*g, full, {a.B, a.H, a.K})) return {};
+  if (beta && !is(*beta, full, {a.B, a.H})) return {};
   a.decay = !g ? NONE : g->dim() == 3 ? CHANNEL : SCALAR;
   a.g_per_head = g && g->dim() == 1;
-  a.normalize = Normalize(normalize), a.bf16 = q.scalar_type() == ScalarType::BFloat16;
-  a.scale = float(scale), a.eps = float(eps);
+  a.normalize = Normalize(normalize), a.bf16 = type == ScalarType::BFloat16;
+  a.scale = float(scale.value_or(1 / std::sqrt(double(a.K)))), a.eps = float(eps);
   a.q = q.const_data_ptr(), a.k = k.const_data_ptr(), a.v = v.const_data_ptr();
   a.g = read(g), a.beta = read(beta), a.kv = read(kv), a.z = read(z);
   Tensor o = make(q, {a.B, a.H * a.G, a.V}, std::nullopt), kv_out = make(q, {a.B, a.H, a.K, a.V});
-  Maybe z_out;
-  if (normalize != PLAIN) z_out = make(q, {a.B, a.H, a.K});
-  a.o = o.mutable_data_ptr(), a.kv_out = floats(kv_out), a.z_out = z_out ? floats(*z_out) : nullptr;
+  Maybe z_out = make_if(normalize != PLAIN, q, {a.B, a.H, a.K});
+  a.o = o.mutable_data_ptr(), a.kv_out = floats(kv_out), a.z_out = write(z_out);
   const int64_t heads = a.B * a.H, grain = std::max<int64_t>(1, 65536 / (a.K * a.V));  // below 64k numbers a second thread costs more than it brings
   torch::stable::parallel_for(0, heads, grain, [&](int64_t first, int64_t last) {
     const FlushDenormals on;

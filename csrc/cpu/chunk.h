@@ -131,7 +131,7 @@ enum Shape { ALL, LOWER, LOWER_TRANSPOSED };
 
 // out_i = fade_i · x_i S + Σ_j P[i][j] u_j for S [M N], with P full, lower triangular, the transpose of that, or absent; fade null for ones.
 STAGE void emit(const float* x, int M, const float* S, int N, const float* fade, const float* P, Shape shape, const float* u, float* out,
-                int64_t ldo, bool streams = false, Ahead* ahead = nullptr) {
+                int64_t ldo, Ahead* ahead = nullptr) {
   blocks(C, N, [=]<int MR, int NV>(int m, int n) {
     vec acc[MR][NV] = {};
     multiply(acc, M, x + m * M, M, 1, S + n, N, ahead);
@@ -147,10 +147,7 @@ STAGE void emit(const float* x, int M, const float* S, int N, const float* fade,
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-      for (int l = 0; l < NV; ++l) {
-        float* to = out + (m + r) * ldo + n + l * LANES;
-        streams ? stream(to, acc[r][l]) : store(to, acc[r][l]);
-      }
+      for (int l = 0; l < NV; ++l) store(out + (m + r) * ldo + n + l * LANES, acc[r][l]);
   });
 }
 

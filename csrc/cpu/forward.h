@@ -174,11 +174,11 @@ INLINE void forward_chunk(const Forward& a, const Walk& w, Tiles& s, int64_t p, 
       products(s.q, Kp, s.kT, s.gate.D, nullptr, s.P);
     }
     const Span o = span(a.o, w, p, h);
-    const bool direct = rows == C && !o.bf16 && a.V == Vp && !normal && !add;  // straight to memory, without the tile
+    const bool direct = !o.stream && rows == C && !o.bf16 && a.V == Vp && !normal && !add;  // straight to memory, without the tile
     Ahead queries;
     queries.also(span(a.q, w, next, h), a.K);
     emit(reader, Kp, s.S, Vp, channel || a.decay == NONE ? nullptr : s.gate.seen, inside ? s.P : nullptr,
-         intra == TRIANGLE ? LOWER : ALL, u, direct ? reinterpret_cast<float*>(o.p) : s.o, direct ? o.step : Vp, direct && o.stream, &queries);
+         intra == TRIANGLE ? LOWER : ALL, u, direct ? reinterpret_cast<float*>(o.p) : s.o, direct ? o.step : Vp, &queries);
     if (direct) continue;
     if (normal) normalize(a, w, s, p, rows, h, reader, inside, add, finish);
     store_rows(s.o, Vp, rows, int(a.V), 1.0f, o, add && !(normal && finish));
@@ -208,8 +208,8 @@ INLINE void enter(const Call& a, const Walk& w, Job job, bool transposed, float*
   const int Kp = pad(a.K), Vp = pad(a.V);
   for (int i = 0; i < a.width; ++i, ++job.h) {
     const int64_t at = a.segments > 1 ? segment_index(a, w, job) : state_index(a, w, job);
-    load_state((a.segments > 1 ? seg_kv : kv0) + at * a.K * a.V, int(a.K), int(a.V), transposed, S + size_t(i) * Kp * Vp);
-    load_row_sums((a.segments > 1 ? seg_z : z0) + at * a.K, int(a.K), z + size_t(i) * Kp);
+    load_state(one_of(a.segments > 1 ? seg_kv : kv0, at, a.K * a.V), int(a.K), int(a.V), transposed, S + size_t(i) * Kp * Vp);
+    load_row_sums(one_of(a.segments > 1 ? seg_z : z0, at, a.K), int(a.K), z + size_t(i) * Kp);
   }
 }
 
@@ -217,8 +217,8 @@ INLINE void leave(const Call& a, const Walk& w, Job job, bool transposed, const 
   const int Kp = pad(a.K), Vp = pad(a.V);
   for (int i = 0; i < a.width; ++i, ++job.h) {
     const int64_t at = state_index(a, w, job);
-    store_state(S + size_t(i) * Kp * Vp, int(a.K), int(a.V), transposed, kv_out + at * a.K * a.V);
-    if (z_out) __builtin_memcpy(z_out + at * a.K, z + size_t(i) * Kp, size_t(a.K) * 4);
+    store_state(S + size_t(i) * Kp * Vp, int(a.K), int(a.V), transposed, one_of(kv_out, at, a.K * a.V));
+    store_row_sums(z + size_t(i) * Kp, int(a.K), one_of(z_out, at, a.K));
   }
 }
 
@@ -234,8 +234,8 @@ STAGE void add_entering(const Call& a, Job job, bool transposed, bool backward, 
     const auto add_from = [&](int d, float* to, float* to_z, const float* more, const float* more_z) {
       const Walk w = make_walk(a, job, d);
       const int64_t at = a.segments > 1 ? segment_index(a, w, job) : state_index(a, w, job);
-      load_state((a.segments > 1 ? seg_kv : kv0) + at * a.K * a.V, int(a.K), int(a.V), transposed, s.spare);
-      load_row_sums((a.segments > 1 ? seg_z : z0) + at * a.K, int(a.K), s.spare_z);
+      load_state(one_of(a.segments > 1 ? seg_kv : kv0, at, a.K * a.V), int(a.K), int(a.V), transposed, s.spare);
+      load_row_sums(one_of(a.segments > 1 ? seg_z : z0, at, a.K), int(a.K), s.spare_z);
       for (size_t c = 0; c < state; c += LANES) store(to + c, load(more + c) + load(s.spare + c));
       for (int c = 0; c < s.Kp; c += LANES) store(to_z + c, load(more_z + c) + load(s.spare_z + c));
       return state_index(a, w, job);
@@ -243,8 +243,8 @@ STAGE void add_entering(const Call& a, Job job, bool transposed, bool backward, 
     for (int d = 0; d < 2; ++d) {
       if (!kv_out || job.segment != ((d == 1) != backward ? 0 : a.segments - 1)) continue;
       const int64_t at = add_from(d, s.spare, s.spare_z, S, z);
-      store_state(s.spare, int(a.K), int(a.V), transposed, kv_out + at * a.K * a.V);
-      if (z_out) __builtin_memcpy(z_out + at * a.K, s.spare_z, size_t(a.K) * 4);
+      store_state(s.spare, int(a.K), int(a.V), transposed, one_of(kv_out, at, a.K * a.V));
+      store_row_sums(s.spare_z, int(a.K), one_of(z_out, at, a.K));
     }
     for (int d = 0; d < 2; ++d) add_from(d, S, z, S, z);
   }
@@ -260,7 +260,7 @@ static void whole_forward(const Forward& a, Job job, Tiles& s) {
     Ahead ahead = next_keys(a, at, p + C);
     carry_chunk(a, s, s.v, normal, false, &ahead);
   });
-  add_entering(a, job, false, false, s, s.all_S, s.all_z, a.kv, a.z, a.seg_kv, a.seg_z, a.kv_out, normal ? a.z_out : nullptr);
+  add_entering(a, job, false, false, s, s.all_S, s.all_z, a.kv, a.z, a.seg_kv, a.seg_z, a.kv_out, a.z_out);
   forward_walk(a, w, s, WHOLE, false, true);
 }
 
@@ -280,7 +280,7 @@ static void forward_job(const Forward& a, Job job, float* scratch) {
     if (once) w.own = 1.0f;
     enter(a, w, job, false, s.all_S, s.all_z, a.kv, a.z, a.seg_kv, a.seg_z);
     forward_walk(a, w, s, !once ? TRIANGLE : w.reverse ? NOTHING : FULL, !a.causal && !w.reverse, direction == 0);
-    if (is_last(a, w, job)) leave(a, w, job, false, s.all_S, s.all_z, a.kv_out, a.normalize != PLAIN ? a.z_out : nullptr);
+    if (is_last(a, w, job)) leave(a, w, job, false, s.all_S, s.all_z, a.kv_out, a.z_out);
   }
   drain();
 }

@@ -22,31 +22,31 @@ INLINE void step_strip(const Step& a, const float* S, float* out, const float* f
       __builtin_memcpy(p + l * LANES, &x, size_t(tail) * 4);
   };
   vec u[NV], read[NV] = {};
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int l = 0; l < NV; ++l) u[l] = load(v + i + l * LANES);
   if (a.beta) {  // what the faded state holds for this key
     vec held[NV] = {};
     for (int c = 0; c < K; ++c)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int l = 0; l < NV; ++l) held[l] += get(S + c * V + i, l) * (fade[c] * k[c]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int l = 0; l < NV; ++l) u[l] = (u[l] - held[l]) * beta;
   }
   for (int c = 0; c < K; ++c)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int l = 0; l < NV; ++l) {
       const vec x = get(S + c * V + i, l) * fade[c] + u[l] * k[c];
       put(out + c * V + i, l, x);
       read[l] += x * q[c];
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int l = 0; l < NV; ++l) store(o + i + l * LANES, read[l]);
   for (int64_t g = 1; g < a.G; ++g) {  // further query heads of the group read what was written
     vec more[NV] = {};
     for (int c = 0; c < K; ++c)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int l = 0; l < NV; ++l) more[l] += get(out + c * V + i, l) * q[g * pad(K) + c];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int l = 0; l < NV; ++l) store(o + g * pad(V) + i + l * LANES, more[l]);
   }
 }
@@ -69,7 +69,8 @@ static void step(const Step& a, int64_t first, int64_t last, float* scratch) {
     const float *S = a.kv + n * K * V, beta = a.beta ? a.beta[n] : 1.0f;
     float* out = a.kv_out + n * K * V;
     int i = 0;
-    for (; i + 4 * LANES <= V; i += 4 * LANES) step_strip<4>(a, S, out, fade, k, v, beta, q, o, i, LANES);
+    constexpr int WIDE = LANES == 8 ? 8 : 4;  // 64 columns
+    for (; i + WIDE * LANES <= V; i += WIDE * LANES) step_strip<WIDE>(a, S, out, fade, k, v, beta, q, o, i, LANES);
     for (; i < V; i += LANES) step_strip<1>(a, S, out, fade, k, v, beta, q, o, i, least(LANES, V - i));
     if (a.normalize != PLAIN) {
       float* z = a.z_out + n * K;

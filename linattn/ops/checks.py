@@ -107,8 +107,8 @@ def check_options(causal, gating, log_decay, beta, normalizer, eps, offset, scal
 
 
 def check_values(log_decay, cu_seqlens, T):
-    if log_decay is not None and log_decay.numel() and (worst := log_decay.detach().amax()) > 0:
-        raise ValueError(f"log_decay must be <= 0, a natural logarithm of a decay in (0, 1]; its largest value is {worst.item():.6g}")
+    if log_decay is not None and log_decay.numel() and (worst := log_decay.detach().amax().item()) > 0:
+        raise ValueError(f"log_decay must be <= 0, a natural logarithm of a decay in (0, 1]; its largest value is {worst:.6g}")
     if cu_seqlens is not None:
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != T:

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from .backends import BY_NAME, choose
 from .checks import check_options, check_shapes, check_tensors, initial_states, step_is_plain
@@ -89,16 +90,20 @@ def linear_attention(
     acc = accumulator(q.dtype)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     kv, z = initial_states(initial_state, normalizer, causal, (sequences, *k.shape[2:], v.shape[-1]), q.device, acc)
-    log_decay = None if log_decay is None else log_decay.to(acc)
-    beta = None if beta is None else beta.to(acc)
+    log_decay, beta = (x if x is None or x.dtype == acc else x.to(acc) for x in (log_decay, beta))
     name = choose(Call(q.device.type, q.dtype, kind, beta is not None, causal, k.shape[-1], v.shape[-1]), backend)
     stride = stride if "boundaries" in record else 0
     form = Form(scale, causal, gating or "target", normalizer, float(eps), stride, "writes" in record, bool(return_state))
+    inputs = (q, k, v, log_decay, beta, kv, z, cu_seqlens)
     if name == "reference":  # plain autograd, never behind torch.library
         kv, z = (kv, z) if kv is not None else _zero_states(q, k, v, cu_seqlens, form)
-        o, kv, z, bkv, bz, u = BY_NAME[name].run(q, k, v, log_decay, beta, kv, z, cu_seqlens, form)
+        o, kv, z, bkv, bz, u = BY_NAME[name].run(*inputs[:5], kv, z, cu_seqlens, form)
+    elif not getattr(BY_NAME[name], "DIRECT", False) or _looked_on(inputs):
+        o, kv, z, _, bkv, bz, u = torch.ops.linattn.forward(*inputs, *form, name)
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        o, kv, z, _, bkv, bz, u = _Direct.apply(*inputs, form, name)
     else:
-        o, kv, z, _, bkv, bz, u = torch.ops.linattn.forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, *form, name)
+        o, kv, z, _, bkv, bz, u = BY_NAME[name].forward(*inputs, form)
     squeeze = lambda x, used=True: None if x is None or not used else x[0] if causal else x
     normal = normalizer != "none"
     state = State(squeeze(kv), squeeze(z, normal)) if return_state else None
@@ -131,6 +136,10 @@ def step(
         raise ValueError(f"state must be a linattn.State(kv, z); got {type(state).__name__}")
     kv, z = state
     normalizer = {False: "none", True: "sum"}.get(normalize, normalize)
+    at_once = BY_NAME["cpu"].step_at_once if backend in ("auto", "cpu") and not offset else None
+    if at_once and (found := at_once(q, k, v, log_decay, beta, kv, z, normalizer, scale, eps)):
+        o, kv, z = found
+        return o, State(kv, z)
     if not offset and step_is_plain(q, k, v, log_decay, beta, kv, z, normalizer):  # the decoding loop: one check, one crossing
         kind = "none" if log_decay is None else _STEP_KINDS[log_decay.ndim]
         name = choose(Call(q.device.type, q.dtype, kind, beta is not None, True, k.shape[2], v.shape[2]), backend)
@@ -153,7 +162,7 @@ def step(
 # -- torch.library: schema, kernel, fake and autograd, once ------------------------------------------------------------------------------
 
 _LIB = torch.library.Library("linattn", "DEF")
-# States that nobody gave or asked for are None (both, or neither) or empty: to some kernels they would be as many bytes again as the call.
+# States that nobody gave are None (both, or neither), and what nobody asked for is empty: they might be as many bytes again as the call.
 _FORM = "float scale, bool causal, str gating, str normalize, float eps, int stride, bool writes, bool final, str backend"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor? kv, Tensor? z, Tensor? cu_seqlens"
 _LIB.define(f"forward({_INPUTS}, {_FORM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
@@ -174,9 +183,18 @@ def _forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, *rest):
     form, backend = Form(*rest[:-1]), BY_NAME[rest[-1]]
     if kv is None and not backend.STATELESS:
         kv, z = _zero_states(q, k, v, cu_seqlens, form)
-    o, *states, d, bkv, bz, u = backend.forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, form)
-    states = states if form.final else [d.new_empty(0) for _ in states]
-    return tuple(x.contiguous() for x in (o, *states, d, bkv, bz, u))
+    out = backend.forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, form)
+    return tuple(x.contiguous() if used else _nothing(q) for x, used in zip(out, _used(form), strict=True))
+
+
+def _nothing(like):
+    return like.new_empty(0, dtype=accumulator(like.dtype))
+
+
+def _used(form: Form):
+    """Which of the outputs of `forward` there are: o, kv, z, d, boundaries kv and z, writes."""
+    normal, marks = form.normalize != "none", form.stride > 0
+    return True, form.final, form.final and normal, normal, marks, marks, form.writes
 
 
 def _forward_fake(q, k, v, log_decay, beta, kv, z, cu_seqlens, *rest):
@@ -184,16 +202,10 @@ def _forward_fake(q, k, v, log_decay, beta, kv, z, cu_seqlens, *rest):
     normal, D = form.normalize != "none", 1 if form.causal else 2
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     rows = boundary_rows(T, 1 if cu_seqlens is None else N, form.stride)
-    new = lambda *shape, used=True: q.new_empty(*(shape if used else (0,)), dtype=accumulator(q.dtype))
-    return (
-        q.new_empty(B, T, HQ, V),
-        new(D, N, H, K, V, used=form.final),
-        new(D, N, H, K, used=form.final and normal),
-        new(B, T, HQ, used=normal),
-        new(D, B, rows, H, K, V),
-        new(D, B, rows if normal else 0, H, K),
-        new(D, B, T if form.writes else 0, H, V),
-    )
+    boundaries = (D, B, rows, H, K, V), (D, B, rows if normal else 0, H, K)
+    shapes = (D, N, H, K, V), (D, N, H, K), (B, T, HQ), *boundaries, (D, B, T, H, V)
+    new = lambda shape, used: q.new_empty(shape, dtype=accumulator(q.dtype)) if used else _nothing(q)
+    return q.new_empty(B, T, HQ, V), *map(new, shapes, _used(form)[1:])
 
 
 def _backward(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, cu_seqlens, o, d, *rest):
@@ -220,15 +232,17 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, do, dkv, dz, _, dbkv, dbz, dwrites):
+def _autograd(ctx, *sent, backward=torch.ops.linattn.backward):
+    do, dkv, dz, _, dbkv, dbz, dwrites = sent
     *inputs, o, d = ctx.saved_tensors
+    d = _nothing(o) if d is None else d
     form = Form(*ctx.rest[:-1])
     do = torch.zeros_like(o) if do is None else do
     dkv, dz = _both(dkv, dz, o.shape[-1]) if form.final else (None, None)
     dbkv, dbz = (dbkv, dbz) if form.stride else (None, None)
     if dbz is not None and dbkv is None:  # backends take both or neither
         dbkv = dbz.new_zeros(*dbz.shape, o.shape[-1])
-    grads = torch.ops.linattn.backward(do, dkv, dz, dbkv, dbz, dwrites if form.writes else None, *inputs, o, d, *ctx.rest)
+    grads = backward(do, dkv, dz, dbkv, dbz, dwrites if form.writes else None, *inputs, o, d, *ctx.rest)
     grads = [None if x is None else g for x, g in zip(inputs[:7], grads, strict=True)]
     return *grads, *([None] * (1 + len(ctx.rest)))
 
@@ -253,3 +267,33 @@ torch.library.register_fake("linattn::forward", _forward_fake, lib=_LIB)
 torch.library.register_fake("linattn::backward", _backward_fake, lib=_LIB)
 torch.library.register_autograd("linattn::forward", _autograd, setup_context=_save, lib=_LIB)
 torch.library.register_autograd("linattn::backward", _no_second_derivative, lib=_LIB)
+
+
+# -- the same without registration ------------------------------------------------------------------------------------------------------
+
+_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)  # private, so it may be gone one day
+
+
+def _looked_on(inputs) -> bool:
+    """Whether a tracer, a transform, a mode or a tensor of another kind wants to see the registered operator."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed():
+        return True
+    return type(inputs[0]) is not Tensor or has_torch_function(inputs)
+
+
+class _Direct(torch.autograd.Function):
+    """The registered operator less the crossings into it and back, tens of microseconds: for a backend whose own operators do the work."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        *inputs, form, name = args
+        output = BY_NAME[name].forward(*inputs, form)
+        _save(ctx, (*inputs, *form, name), output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *sent):
+        if torch.is_grad_enabled():  # create_graph: the registered one says that there is no second derivative
+            return _autograd(ctx, *sent)[:10]
+        direct = lambda *args: BY_NAME[args[-1]].backward(*args[:16], Form(*args[16:-1]))
+        return _autograd(ctx, *sent, backward=direct)[:10]

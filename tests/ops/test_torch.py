@@ -64,7 +64,7 @@ def test_opcheck_backward(case, backend):
 def test_opcheck_step(case):
     tensors, _ = case.inputs()
     q, k, v, log_decay, beta, kv, z = (tensors[name] for name in NAMES)
-    now = lambda x: x if x is None or x.ndim == 1 else x[:, 0]
+    now = lambda x: x if x is None or x.ndim == 1 else x[:, 0].contiguous()
     args = (now(q), now(k), now(v), now(log_decay), now(beta), kv, z, 0.5, NORMALIZERS.index(case.normalize), 0.1)
     torch.library.opcheck(torch.ops.linattn.cpu_step.default, args)
 
