@@ -213,13 +213,11 @@ void describe(Call& a, const Tensor& q, const Tensor& k, const Tensor& v, const 
   const int64_t heads = a.sequences * a.H, threads = torch::stable::get_num_threads();
   a.segments = a.delta || stride || heads == 0 || heads >= threads ? 1 : int((threads + heads - 1) / heads);
   if (a.T < 4 * ANCHOR * a.segments) a.segments = 1;
-  // Heads side by side where the call outgrows the caches, as long as every thread has a job, no job is more than a thread's share, and their
-  // states stay in the second cache. Where it does not, single heads share the threads out more evenly.
+  // Heads side by side, as long as every thread has a job, no job is more than a thread's share, and their states stay in the second cache.
   const int64_t longest = a.ends && heads ? ends.length(ends.longest_first[0]) : a.T, tokens = a.ends ? a.T : a.B * a.T;
   a.width = 1;
-  const bool outgrows = tokens * a.H * (a.G * (a.K + a.V) + a.K + a.V) >= int64_t(4) << 20;
   for (int w : {2, 4})
-    if (outgrows && a.H % w == 0 && heads / w >= threads && longest * w * threads <= tokens * a.H && w * a.K * a.V <= 32768) a.width = w;
+    if (a.H % w == 0 && heads / w >= threads && longest * w * threads <= tokens * a.H && w * a.K * a.V <= 32768) a.width = w;
 }
 
 struct Segments {  // what each segment adds, then what enters it
