@@ -11,7 +11,7 @@ from linattn.swap import linearise
 pytest.importorskip("transformers")
 from swap_hosts import CAUSAL, IMAGE, build
 
-from linattn.swap.losses import activation_matching, vit_linearizer
+from linattn.swap.losses import activation_matching, hide, vit_linearizer
 
 
 def batches(step, labels=False):
@@ -97,7 +97,7 @@ def test_images_with_hidden_patches():
     assert sum(seen[-10:]) < sum(seen[:10])
     away = linearise._patches(torch.ones(2, 1, 12, 12), 0.5, 4, 0)
     assert away.sum(1).tolist() == [4, 4] and not torch.equal(away[0], away[1])
-    patches = linearise._without(torch.ones(2, 1, 12, 12), away, 4).unfold(2, 4, 4).unfold(3, 4, 4).mean((-1, -2))
+    patches = hide(torch.ones(2, 1, 12, 12), away, 4).unfold(2, 4, 4).unfold(3, 4, 4).mean((-1, -2))
     assert torch.equal(patches.view(2, 9), (~away).float())
 
 
