@@ -194,8 +194,11 @@ def test_t14_interference_foretells_which_answers_fail(clean):
         return float((figure[right][:, None] > figure[~right][None]).float().mean())
 
     snr, cosine = auc(heard.snr[:, 0]), auc(heard.cosine[:, 0])
-    print(recall, snr, cosine)
-    assert recall[pairs] < recall[8] and (~right).sum() >= 50 and snr >= 0.65 and cosine >= 0.75
+    written = p[0].attention(rows(pairs), over="writes")[:, 0].abs() * p[0].u[:, :, 0].norm(dim=-1)[:, None]  # as first designed
+    signal = written.gather(-1, (2 * order + 1)[..., None])[..., 0]
+    over_writes = auc(signal / (written.square().sum(-1) - signal.square()).sqrt())
+    print(recall, snr, cosine, over_writes)
+    assert recall[pairs] < recall[8] and (~right).sum() >= 50 and cosine >= 0.75 and snr >= 0.65 and snr > over_writes
 
 
 @pytest.fixture(scope="module")
