@@ -73,7 +73,7 @@ def test_forms(case):
     compare(case)
 
 
-@pytest.mark.parametrize(("case", "programs"), MIXED[:14], ids=str)
+@pytest.mark.parametrize(("case", "programs"), MIXED[:10], ids=str)
 def test_features(case, programs):
     compare(case, programs)
 
@@ -111,22 +111,31 @@ def test_sequences_as_long_as_short_ones_may_be(case, groups, monkeypatch):
     compare(replace(case, T=256, groups=groups, B=2, H=2))
 
 
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("direction", ("causal", "symmetric"))
-@pytest.mark.parametrize("way", ("additive", "delta", "short"))
-def test_bfloat16(decay, direction, way):
+WAYS = [(decay, way) for decay in DECAYS for way in ("additive", "delta", "short") if (decay, way) != ("channel", "short")]
+
+
+def in_bfloat16(decay, way, direction):
     states = {"state": way != "short", "final": way != "short"}
-    delta = way == "delta"
-    case = Case(decay=decay, delta=delta, direction=direction, B=1, H=1, T=70, widths=(16, 16), dtype=torch.bfloat16, **states)
+    case = Case(decay=decay, delta=way == "delta", direction=direction, B=1, H=1, T=70, widths=(16, 16), dtype=torch.bfloat16, **states)
     for name, error in errors(whole(case, "triton"), whole(case, "reference", double=True)).items():
-        # roundings of u, of what k reads off the state and of the state meet in the delta rule, where they are differences
-        assert error < (5e-3 if delta else 4e-3), f"{name}: relative error {error:.2g}"
+        assert error < 4e-3, f"{name}: relative error {error:.2g}"
+
+
+@pytest.mark.parametrize(("decay", "way"), WAYS)
+def test_bfloat16(decay, way):
+    in_bfloat16(decay, way, ("causal", "symmetric")[WAYS.index((decay, way)) % 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("decay", "way"), WAYS)
+def test_bfloat16_from_the_other_side(decay, way):
+    in_bfloat16(decay, way, ("symmetric", "causal")[WAYS.index((decay, way)) % 2])
 
 
 def test_delta_rule_in_segments():
     """A sequence cut in three, two of them packed: joined by products of what the segments do to a state."""
     compare(Case(decay="scalar", delta=True, B=1, H=1, T=70, groups=2, record=("boundaries", "writes"), stride=48), programs=100)
-    compare(Case(decay="channel", delta=True, direction="source", B=1, H=1, T=130, normalize="sum", packed=True), programs=100)
+    compare(Case(decay="channel", delta=True, direction="source", B=1, H=1, T=100, normalize="sum", packed=True), programs=100)
 
 
 @pytest.mark.slow

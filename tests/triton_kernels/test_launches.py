@@ -9,12 +9,16 @@ from cases import DECAYS, DIRECTIONS, NORMALIZERS, RECORDS, Case, pairwise
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+from triton import knobs
 from triton.runtime.jit import JITFunction
 
+from bench import host
+from linattn.ops import tiles
 from linattn.ops import triton as backend
 from linattn.ops.form import Form
+from linattn.ops.linear_attention import _backward, _forward
 from linattn.ops.tiles import ARCHITECTURES
-from linattn.ops.triton import passes
+from linattn.ops.triton import direct, passes
 
 AXES = {
     "decay": DECAYS,
@@ -22,7 +26,7 @@ AXES = {
     "direction": DIRECTIONS,
     "normalize": NORMALIZERS,
     "groups": (1, 3),
-    "T": (1, 200, 5000),
+    "T": (1, 200, 600),
     "packed": (False, True),
     "state": (False, True),
     "final": (False, True),
@@ -31,12 +35,24 @@ AXES = {
 }
 
 
+NUMBERS = ("N", "T", "H", "G", "family", "segments", "chunks", "every", "rows")
+LIKES = {}  # what a kernel is compiled for → the tensors it was launched with: which are there, and their dtypes
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """Names of the kernels launched so far, none of which runs."""
     names = []
+
+    def launch(kernel, grid, tensors, numbers, fixed):
+        like = [x if x is None else x.dtype for x in tensors]
+        assert LIKES.setdefault(fixed, like) == like, kernel.__name__
+        assert all(type(x) is float or (type(x) is int and x < 2**31) for x in numbers)
+        direct.launch(kernel, grid, tensors, numbers, fixed)
+
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *_, **__: names.append(kernel.__name__))
     monkeypatch.setattr(passes, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(passes, "launch", launch)
     return names
 
 
@@ -61,9 +77,65 @@ def run(case, launched):
 
 
 @pytest.mark.parametrize("case", [Case(**row, widths=(64, 64)) for row in pairwise(AXES)], ids=str)
-def test_the_host_waits_for_nothing(case, launched):
-    forward, backward = run(case, launched)
-    assert forward and backward
+def test_the_host_waits_for_nothing(case, launched, monkeypatch):
+    """And what tensors there are follows from what a kernel is compiled for (`LIKES`), in one segment or in many."""
+    for programs in (tiles.PROGRAMS, 1):
+        monkeypatch.setattr(tiles, "PROGRAMS", programs)
+        forward, backward = run(case, launched)
+        assert forward and backward
+        launched.clear()
+
+
+def test_a_kernel_specialises_on_no_number():
+    for kernel in host.KERNELS:
+        assert all(p.do_not_specialize for p in kernel.params if p.name in NUMBERS and not p.is_constexpr), kernel.__name__
+        assert [p.is_constexpr for p in kernel.params] == sorted(p.is_constexpr for p in kernel.params), kernel.__name__  # they come last
+
+
+def both_ways(offset=0):
+    """Tensors of a caller, and what reaches the driver of a forward and a backward: launched by Triton first, and then by ourselves."""
+    form = (1.0, True, "target", "none", 1e-6, 0, False, False, "triton")
+    q, k, v, do = (torch.zeros(300 * 64 + 8, dtype=torch.bfloat16)[offset : 300 * 64 + offset].view(1, 300, 1, 64) for _ in range(4))
+    g = torch.zeros(1, 300, 1)
+    with host.no_driver() as launched:
+        sides = []
+        for _ in range(2):
+            o, _, _, d, *_ = _forward(q, k, v, g, *[None] * 4, *form)
+            _backward(do, *[None] * 5, q, k, v, g, *[None] * 4, o, d, *form)
+            sides.append(list(launched))
+            launched.clear()
+        return (q, k, v, do, g), *sides
+
+
+def test_the_second_launch_is_what_triton_would_launch():
+    given, first, second = both_ways()
+    known = {x.data_ptr() for x in given}
+    assert [name for name, _ in first] == [name for name, _ in second] and len(first) == 7
+    for (_, a), (_, b) in zip(first, second, strict=True):
+        assert a[:8] == b[:8] and a[11:15] == b[11:15]  # grid, stream, function, options
+        for x, y in zip(a[15], b[15], strict=True):
+            if isinstance(x, torch.Tensor):
+                assert type(y) is int and (x.data_ptr() == y or x.data_ptr() not in known)
+            else:
+                assert x == y and type(x) is type(y)
+
+
+def test_tensors_off_16_bytes_are_left_to_triton():
+    _, first, second = both_ways(offset=1)
+    assert all(isinstance(values[15][1], torch.Tensor) for _, values in first + second)
+
+
+def test_launch_hooks_are_called():
+    names = []
+    hook = lambda metadata: names.append(metadata.get()["name"])
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        _, _, second = both_ways()
+        for name, values in second:
+            values[9](values[8])  # as the driver does
+            assert names.pop() == name
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
 
 
 PLAIN = dict(widths=(64, 64), state=False, final=False)
@@ -72,7 +144,7 @@ BY_FORM = {
     "bidirectional": (Case(T=5000, direction="target", **PLAIN), 3, 4),
     "normalised": (Case(T=5000, direction="target", normalize="sum", **PLAIN), 3, 4),
     "no decay": (Case(T=5000, decay="none", direction="target", **PLAIN), 3, 3),
-    "delta, sequences that fill the chip": (Case(T=5000, B=40, H=16, delta=True, **PLAIN), 2, 4),
+    "delta, sequences that fill the chip": (Case(T=600, B=40, H=16, delta=True, **PLAIN | {"widths": (16, 16)}), 2, 4),
     "delta, one that is cut": (Case(T=5000, delta=True, **PLAIN), 4, 6),
     "short": (Case(T=197, **PLAIN), 1, 2),
     "short bidirectional": (Case(T=197, direction="target", normalize="sum", **PLAIN), 1, 2),

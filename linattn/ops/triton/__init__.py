@@ -45,8 +45,9 @@ def installed() -> bool:
     return find_spec("triton") is not None
 
 
+@cache
 def interpreted() -> bool:
-    """Whether Triton's interpreter is on: kernels then run on CPU tensors, for checks."""
+    """Whether Triton's interpreter was on when it was first asked for: kernels then run on CPU tensors, for checks."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)
@@ -54,26 +55,25 @@ def interpreted() -> bool:
 
 def architecture() -> str:
     """Name of the current GPU's row in the tiles table."""
-    if interpreted():
-        return "interpreter"
+    return "interpreter" if interpreted() else _architecture(torch.cuda.current_device())
+
+
+@cache
+def _architecture(device: int) -> str:
     if torch.version.hip:
-        return torch.cuda.get_device_properties().gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability()
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{0 if major >= 10 else minor}"
 
 
 def forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, form: Form):
-    from . import launch
-
     with _device_of(q):
-        return launch.forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, form)
+        return _launch().forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, form)
 
 
 def backward(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, cu_seqlens, o, d, form: Form):
-    from . import launch
-
     with _device_of(q):
-        return launch.backward(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, cu_seqlens, o, d, form)
+        return _launch().backward(do, dkv, dz, dbkv, dbz, dwrites, q, k, v, log_decay, beta, kv, z, cu_seqlens, o, d, form)
 
 
 def step(q, k, v, log_decay, beta, kv, z, form: Form):
@@ -84,10 +84,8 @@ def step(q, k, v, log_decay, beta, kv, z, form: Form):
 
 
 def _step(q, k, v, log_decay, beta, kv, z, form: Form):
-    from . import launch
-
     with _device_of(q):
-        return launch.step(q, k, v, log_decay, beta, kv, z, form)
+        return _launch().step(q, k, v, log_decay, beta, kv, z, form)
 
 
 def _step_operator(q, k, v, log_decay, beta, kv, z, scale, normalize, eps):
@@ -109,6 +107,16 @@ _LIB.impl("triton_step", _step_operator, "CompositeExplicitAutograd")
 torch.library.register_fake("linattn::triton_step", _step_fake, lib=_LIB)
 
 
+@cache
+def _launch():
+    from . import launch
+
+    return launch
+
+
+_HERE = nullcontext()
+
+
 def _device_of(x):
     """Triton launches on the current device; the tensors' may be another."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else _HERE

@@ -3,6 +3,8 @@
 Gates are taken to base 2 on loading. A clock ℓ is the running sum of gates inside a chunk, [C], or [C K] for a channel decay; every
 exponent formed is ≤ 0. A channel decay cannot be pulled out of a product of two tiles as one factor per pair: `scores` and `spread` split
 the chunk in halves, the halves in halves, and so on: two tokens meet at the one level where a border lies between them, both faded to it.
+
+Loops that fade are `disable_licm`: masks and fades hoisted out of a loop hold registers all through it, and made some kernels spill.
 """
 
 import triton
@@ -170,19 +172,28 @@ def scores_both(x, y, ell, r, LATER: tl.constexpr, DECAY: tl.constexpr):
 
 
 @triton.jit
-def spread(dP, y, ell, OWN: tl.constexpr, LATER: tl.constexpr, DECAY: tl.constexpr):
-    """Gradient of `scores` to x [C K], from dP [C C] and y."""
+def spread(dP, y, ell, OWN: tl.constexpr, LATER: tl.constexpr, DECAY: tl.constexpr, FINE: tl.constexpr = False):
+    """Gradient of `scores` to x [C K], from dP [C C] and y. FINE: dP is not rounded to the dtype of y."""
     if DECAY == "channel":
         C: tl.constexpr = y.shape[0]
         i = tl.arange(0, C)
         dx = OWN * tl.sum(tl.where(i[:, None] == i[None, :], dP, 0.0), 1)[:, None] * y
         for level in tl.static_range(7):
             if 2 ** (level + 1) <= C:
-                met = tl.where(_meets(C, level), dP, 0.0).to(y.dtype)
-                dx += _half(dot(met, _half(y, ell, level, not LATER)), ell, level, LATER)
+                met = tl.where(_meets(C, level), dP, 0.0)
+                dx += _half(_product(met, _half(y, ell, level, not LATER), FINE), ell, level, LATER)
     else:
-        dx = dot((dP * _fade(ell, OWN, LATER, DECAY)).to(y.dtype), y)
+        dx = _product(dP * _fade(ell, OWN, LATER, DECAY), y, FINE)
     return dx
+
+
+@triton.jit
+def _product(a, y, FINE: tl.constexpr):
+    if FINE:
+        x = fine(a, y.to(tl.float32), y)
+    else:
+        x = dot(a.to(y.dtype), y)
+    return x
 
 
 @triton.jit

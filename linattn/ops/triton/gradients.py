@@ -107,7 +107,7 @@ def bwd_dkv(
                 if BOTH:
                     dS = entering(states, fades, incoming, dn_row, dn_seg, jk, jv, K, V, DECAY, SCANNED)
                     acc += read(b_k, dS, r, DECAY)
-                for head in range(G):
+                for head in tl.range(0, G, disable_licm=True):
                     b_q = tile(q, first, step, live, H * G, h * G + head, jk, K)
                     dn = gradient(do, factor, scale, first, step, live, H * G, h * G + head, jv, V, NORMALIZE)
                     if BOTH:
@@ -151,7 +151,7 @@ def bwd_dkv(
             b_dg = tl.sum(tl.sum(b_k * left, 0), 0) + tl.where(live, 1.0, 0.0) * (tl.sum(crossing, 0) * tl.exp2(L))
         if BOTH:
             right = faded(right, r, DECAY)
-        for head in range(G):
+        for head in tl.range(0, G, disable_licm=True):
             b_q = tile(q, first, step, live, H * G, h * G + head, jk, K)
             dP = tl.zeros([C, C], tl.float32)
             for iv in range((V + BV - 1) // BV):

@@ -37,7 +37,7 @@ def output(
     chunk_row = first_row(n, start, T, C, VARLEN)
     record_row = first_row(n, start, T, C * every, VARLEN)
     speaks = (hq % G == 0) & (count >= 0)  # one query head of a group stores what all of them share
-    for s in tl.range(0, count, num_stages=PIPE):
+    for s in tl.range(0, count, num_stages=PIPE, disable_licm=True):
         c = block * chunks + s
         first, step, live = tokens(start, length, c, C, REVERSE)
         b_q = tile(q, first, step, live, H * G, hq, jk, K)

@@ -89,7 +89,7 @@ def _walk(
         past = tl.zeros([BK], tl.float32)
     else:
         past = 0.0
-    for s in tl.range(0, chunks * G, num_stages=PIPE):  # the query heads of a group one after the other
+    for s in tl.range(0, chunks * G, num_stages=PIPE, disable_licm=True):  # the query heads of a group one after the other
         head, j = s % G + 0 * chunk, s // G  # a tensor, in the interpreter too
         c = chunk + (chunks - 1 - j if LEFTWARDS else j)
         first, step, live = tokens(start, length, c, C, REVERSE)
@@ -223,7 +223,7 @@ def seg_state(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "T", "H", "families", "segments", "chunks"])
+@triton.jit(do_not_specialize=["N", "T", "H", "segments", "chunks"])
 def seg_scan(
     parts, parts_z, totals, turns, kv, z, dkv, dz, last, last_z, cu_seqlens, N, T, H, segments, chunks,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr,
