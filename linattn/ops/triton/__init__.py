@@ -13,6 +13,7 @@ NAME = "triton"
 DEVICE = "cuda"
 BY_NAME_ONLY = "its kernels have not been measured on a GPU yet"  # why "auto" does not take it, for `linattn info`
 STATELESS = True  # a state that is not there is neither read nor written
+DIRECT = True  # `forward` and `backward` return None for what is not wanted
 
 
 def why_not(call: Call) -> str | None:

@@ -44,8 +44,8 @@ def forward(q, k, v, log_decay, beta, kv, z, cu_seqlens, form: Form):
         o = o.to(q.dtype)
         last, last_z = (None, None) if last is None else (torch.cat((last, last2)), torch.cat((last_z, last_z2)))
         records = [x if x is None else torch.stack((x, y)) for x, y in zip(records, outs[1][4:], strict=True)]
-    else:  # records of both sides are one, where there is one pass
-        records = [x if x is None else x.expand(D, *x.shape) for x in records]
+    else:  # records of both sides are one, where there is one pass; and never memory of the caller's v
+        records = [x if x is None else torch.stack([x] * D) for x in records]
     bkv, bz, u = records
     return o, last, last_z if normal else None, d, bkv, bz, u if u is None else u.view(D, *v.shape)
 

@@ -141,7 +141,7 @@ class Pass:
             rows = boundary_rows(self.T, self.N if self.cu_seqlens is not None else 1, form.stride)
             zeros = torch.zeros if self.cu_seqlens is not None else torch.empty  # packed rows between sequences belong to nobody
             bkv = zeros(self.B, rows, H, K, V, dtype=torch.float32, device=self.device)
-            bz = zeros(self.B, rows, H, K, dtype=torch.float32, device=self.device) if self.normal else None
+            bz = zeros(self.B, rows if self.normal else 0, H, K, dtype=torch.float32, device=self.device)
         u = self.new(self.B, self.T, H, V) if form.writes and self.beta is not None else None
         tensors = (
             self.q, self.k, self.v, self.g, X, incoming, incoming_z, states, zs, fades, self.cu_seqlens, o, d, u, bkv, bz, last, last_z
