@@ -73,11 +73,11 @@ FLOPS = {
     ("short bidirectional", 64): (69_000, 240_000), ("short bidirectional", 128): (138_000, 480_000),
     ("channel", 64): (32_000, 55_500), ("channel", 128): (123_500, 209_000),
     ("channel bidirectional", 64): (49_000, 102_500), ("channel bidirectional", 128): (192_000, 388_000),
-    ("delta", 64): (42_600, 93_700), ("delta", 128): (179_000, 349_000),
-    ("channel delta", 64): (40_500, 81_000), ("channel delta", 128): (157_500, 328_000),
+    ("delta", 64): (42_600, 76_700), ("delta", 128): (179_000, 272_700),
+    ("channel delta", 64): (40_500, 68_200), ("channel delta", 128): (157_500, 255_600),
     ("scalar", 256): (562_000, 903_000), ("bidirectional", 256): (835_000, 1_620_000), ("nodecay", 256): (272_000, 681_000),
     ("channel", 256): (485_000, 792_000), ("channel bidirectional", 256): (758_000, 1_490_000),
-    ("delta", 256): (349_000, 792_000), ("channel delta", 256): (349_000, 792_000),
+    ("delta", 256): (349_000, 579_000), ("channel delta", 256): (349_000, 579_000),
 }  # fmt: skip
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 READ = {"bwd_dq": 1 / 2}  # the share of the stored states that a kernel needs
@@ -124,7 +124,7 @@ class Launch:
         return {
             "output": 2 * C * (K * again + V) + 2 * K * V * (1 + D),
             "bwd_dq": 2 * C * (V + D * K) + 2 * K * V * D,
-            "bwd_dkv": 2 * C * (K * again + 2 * V + D * K) + 4 * K * V * D,
+            "bwd_dkv": 2 * C * (V + D * K) + 2 * K * V * D + (0 if x("DELTA") else 2 * C * (K * again + V) + 2 * K * V * D),
             "nodecay_out": 2 * K * V,
             "nodecay_bwd": 6 * K * V,
         }.get(name, 0)

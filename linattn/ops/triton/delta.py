@@ -9,7 +9,7 @@ X is all that is stored. X v and X (k ⊙ 2^ℓ) in its place, each rounded, wou
 import triton
 import triton.language as tl
 
-from .gate import _meets, clock, dot, faded, fine, gates, scores, spread
+from .gate import _meets, clock, dot, faded, fine, gates, product, scores, spread
 from .layout import column, locate, matrix, put, put_column, tile, tokens
 
 
@@ -55,6 +55,7 @@ def solved(
 
     dr = (I + M)⁻ᵀ du,   dv = β dr,   dM = −dr uᵀ strictly lower,   dβ = rows of (v − (k ⊙ 2^ℓ) S) ⊙ dr and of dM ⊙ scores(k, k)
     """
+    FINE: tl.constexpr = BK <= 64  # of wider heads the operands do not fit the registers
     i, jk = tl.arange(0, C), tl.arange(0, BK)
     b_beta = column(beta, first, step, live, H, h)
     A = scores(b_k, b_k, ell, 0.0, True, DECAY)
@@ -63,18 +64,18 @@ def solved(
     dM = tl.zeros([C, C], tl.float32)
     dk_read = tl.zeros([C, BK], tl.float32)
     b_dbeta = tl.zeros([C], tl.float32)
-    for iv in range((V + BV - 1) // BV):
+    for iv in tl.range(0, (V + BV - 1) // BV, disable_licm=True):
         jv = iv * BV + tl.arange(0, BV)
         b_v = tile(v, first, step, live, H, h, jv, V)
         S = matrix(states, row, jk, jv, K, V).to(b_k.dtype)
         dr = fine(X, tile(du, first, step, live, H, h, jv, V), b_k)
-        dM -= fine(dr, tl.trans(tile(u, first, step, live, H, h, jv, V).to(tl.float32)), b_k)
+        dM -= product(dr, tl.trans(tile(u, first, step, live, H, h, jv, V)), FINE)
         b_dbeta += tl.sum((b_v - dot(k_seen, S)) * dr, 1)
         b_dv = b_beta[:, None] * dr
-        dk_read -= fine(b_dv, tl.trans(S.to(tl.float32)), b_k)
+        dk_read -= product(b_dv, tl.trans(S), FINE)
         put(dv, b_dv, first, step, live, H, h, jv, V)
     dM = tl.where(i[:, None] > i[None, :], dM, 0.0)
     put_column(dbeta, b_dbeta + tl.sum(dM * A, 1), first, step, live, H, h)
     dA = b_beta[:, None] * dM
-    dk_read = faded(dk_read, ell, DECAY) + spread(dA, b_k, ell, 0.0, True, DECAY, True)
-    return dk_read, spread(tl.trans(dA), b_k, ell, 0.0, False, DECAY, True)
+    dk_read = faded(dk_read, ell, DECAY) + spread(dA, b_k, ell, 0.0, True, DECAY, FINE and DECAY != "channel")
+    return dk_read, spread(tl.trans(dA), b_k, ell, 0.0, False, DECAY, FINE and DECAY != "channel")

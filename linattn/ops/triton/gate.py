@@ -181,14 +181,15 @@ def spread(dP, y, ell, OWN: tl.constexpr, LATER: tl.constexpr, DECAY: tl.constex
         for level in tl.static_range(7):
             if 2 ** (level + 1) <= C:
                 met = tl.where(_meets(C, level), dP, 0.0)
-                dx += _half(_product(met, _half(y, ell, level, not LATER), FINE), ell, level, LATER)
+                dx += _half(product(met, _half(y, ell, level, not LATER), FINE), ell, level, LATER)
     else:
-        dx = _product(dP * _fade(ell, OWN, LATER, DECAY), y, FINE)
+        dx = product(dP * _fade(ell, OWN, LATER, DECAY), y, FINE)
     return dx
 
 
 @triton.jit
-def _product(a, y, FINE: tl.constexpr):
+def product(a, y, FINE: tl.constexpr):
+    """a y, of a float32 a that is rounded to the dtype of y, or (FINE) is not."""
     if FINE:
         x = fine(a, y.to(tl.float32), y)
     else:
