@@ -140,7 +140,8 @@ def step(
     if at_once and (found := at_once(q, k, v, log_decay, beta, kv, z, normalizer, scale, eps)):
         o, kv, z = found
         return o, State(kv, z)
-    if not offset and step_is_plain(q, k, v, log_decay, beta, kv, z, normalizer):  # the decoding loop: one check, one crossing
+    plain = not offset and isinstance(eps, (int, float)) and (scale is None or isinstance(scale, (int, float)))
+    if plain and step_is_plain(q, k, v, log_decay, beta, kv, z, normalizer):  # the decoding loop: one check, one crossing
         kind = "none" if log_decay is None else _STEP_KINDS[log_decay.ndim]
         name = choose(Call(q.device.type, q.dtype, kind, beta is not None, True, k.shape[2], v.shape[2]), backend)
         if name != "reference":

@@ -142,6 +142,8 @@ BAD_STEP = {
     "unknown normaliser": ({"normalize": "max"}, "normalize must be False, True, 'sum' or 'clamp'; got 'max'"),
     "unknown backend": ({"backend": "cudnn"}, f"backend must be 'auto' or one of {list(linattn.BACKENDS)}; got 'cudnn'"),
     "offset with the delta rule": ({"offset": 1.0, "beta": f(B, H)}, "offset has no meaning with beta"),
+    "eps in words": ({"eps": "1e-6"}, "eps must be a number; got str"),
+    "scale of one number": ({"scale": f(1)}, "scale must be a number; got Tensor"),
 }
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import DECAYS, DIRECTIONS, PRESENT, RECORDS, Case, agree, call, cotangent, pairwise, takes
 from torch._dynamo import lookup_backend
+from torch.overrides import TorchFunctionMode
 
 import linattn
 from linattn.ops.form import NORMALIZERS, accumulator
@@ -195,6 +196,29 @@ def test_only_the_gradients_that_are_wanted(case, backend):
     for name in given:
         slack = 100 if case.dtype == torch.float32 else 4  # the sum of rounded parts beside the rounded sum
         agree(total[name].to(given[name].dtype), whole[f"d{name}"], f"d{name}", slack)
+
+
+@pytest.mark.skipif("cpu" not in PRESENT, reason="the C++ kernels are not built")
+def test_who_looks_on_sees_the_registered_operator():
+    """An eager call on the CPU goes straight to the kernels; a mode, and a tracer, are shown the operator they know."""
+    seen = []
+
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    q = torch.randn(1, 20, 2, 16, requires_grad=True)
+    run = lambda q: linattn.linear_attention(q, q, q, check_values=False)[0]
+    straight = run(q)
+    assert "_Direct" in type(straight.grad_fn).__name__
+    with Seen():
+        watched = run(q)
+    assert torch.ops.linattn.forward in seen and "_Direct" not in type(watched.grad_fn).__name__
+    assert torch.equal(straight, watched)
+    for o in (straight, watched):
+        o.sum().backward()
+    assert torch.equal(q.grad, 2 * torch.autograd.grad(run(q).sum(), q)[0])
 
 
 # -- modes ------------------------------------------------------------------------------------------------------------------------------
