@@ -1,4 +1,5 @@
-// The only file that knows torch: allocates outputs, cuts the work, picks the instruction set. Shapes were checked by ops/linear_attention.py.
+// The only file that knows torch: allocates outputs, cuts the work, picks the instruction set. Long, for tensors become pointers nowhere else.
+// Shapes were checked in linattn/ops, but for those of `step`.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
