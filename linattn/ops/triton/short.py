@@ -64,7 +64,7 @@ def short(
     left_i, right_i, _ = _clocks(g, start, T, block, _before(g, start, T, block, h, H, C, DECAY), h, H, C, DECAY, LEFT, RIGHT)
     out, rows = tl.zeros([C, BV], tl.float32), tl.zeros([C], tl.float32)
     before = 0.0
-    for b in tl.range(0, block + 1 if CAUSAL else blocks, num_stages=PIPE):
+    for b in tl.range(0, block + 1 if CAUSAL else blocks, num_stages=PIPE, disable_licm=True):
         first_j, step_j, live_j = tokens(start, T, b, C, False)
         b_k = tile(k, first_j, step_j, live_j, H, h, jk, K)
         b_v = tile(v, first_j, step_j, live_j, H, h, jv, V)
@@ -120,7 +120,7 @@ def short_bwd(
         b_q = tile(q, first, step, live, H * G, hq, jk, K)
         dn, dd = _gradients(do, o, d, scale, eps, first, step, live, H * G, hq, jv, V, DIVIDE)
         acc, past = tl.zeros([C, BK], tl.float32), 0.0
-        for b in tl.range(0, block + 1 if CAUSAL else blocks, num_stages=PIPE):
+        for b in tl.range(0, block + 1 if CAUSAL else blocks, num_stages=PIPE, disable_licm=True):
             first_j, step_j, live_j = tokens(start, T, b, C, False)
             b_k = tile(k, first_j, step_j, live_j, H, h, jk, K)
             b_v = tile(v, first_j, step_j, live_j, H, h, jv, V)
@@ -141,7 +141,7 @@ def short_bwd(
         b_dk, b_dv = tl.zeros([C, BK], tl.float32), tl.zeros([C, BV], tl.float32)
         begin = block if CAUSAL else 0
         past_begin = past if CAUSAL else 0.0 * past
-        for s in tl.range(0, (blocks - begin) * G, num_stages=PIPE):  # all queries of one head, then those of the next
+        for s in tl.range(0, (blocks - begin) * G, num_stages=PIPE, disable_licm=True):  # all queries of one head, then those of the next
             b, head = begin + s % (blocks - begin), h * G + s // (blocks - begin)
             first_j, step_j, live_j = tokens(start, T, b, C, False)
             b_q = tile(q, first_j, step_j, live_j, H * G, head, jk, K)
