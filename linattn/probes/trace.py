@@ -1,4 +1,7 @@
-"""What was kept of one layer: its states at any token, who reads them, and what they were made of."""
+"""What was kept of one layer: its states at any token, who reads them, and what they were made of.
+
+Over 300 lines, because all of it is the one class that users hold.
+"""
 
 from collections.abc import Sequence
 from functools import cached_property
