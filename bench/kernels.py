@@ -124,7 +124,7 @@ class Launch:
         return {
             "output": 2 * C * (K * again + V) + 2 * K * V * (1 + D),
             "bwd_dq": 2 * C * (V + D * K) + 2 * K * V * D,
-            "bwd_dkv": 2 * C * (V + D * K) + 2 * K * V * D + (0 if x("DELTA") else 2 * C * (K * again + V) + 2 * K * V * D),
+            "bwd_dkv": 2 * C * (V + D * K) + 2 * K * V * D + 2 * C * (K * (1 if x("DELTA") else again) + V) + 2 * K * V * D,
             "nodecay_out": 2 * K * V,
             "nodecay_bwd": 6 * K * V,
         }.get(name, 0)

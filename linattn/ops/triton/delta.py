@@ -1,4 +1,4 @@
-"""The delta rule inside a chunk: `wy` solves for what is written given the state before the chunk, `solved` is its gradient.
+"""The delta rule: `wy` solves a chunk for what it writes, given the state before it, `solved` is its gradient, `joined` joins segments.
 
     (I + M) u = β (v − (k ⊙ 2^ℓ) S)      M = β · scores(k, k), strictly lower
     u = X (v − (k ⊙ 2^ℓ) S)              X = (I + M)⁻¹ diag(β)
@@ -9,8 +9,8 @@ X is all that is stored. X v and X (k ⊙ 2^ℓ) in its place, each rounded, wou
 import triton
 import triton.language as tl
 
-from .gate import _meets, clock, dot, faded, fine, gates, product, scores, spread
-from .layout import column, locate, matrix, put, put_column, tile, tokens
+from .gate import _meets, carried_z, clock, dot, faded, fine, gates, load_total, product, scores, spread
+from .layout import column, locate, matrix, put, put_column, tile, tokens, vector
 
 
 @triton.jit
@@ -79,3 +79,26 @@ def solved(
     dA = b_beta[:, None] * dM
     dk_read = faded(dk_read, ell, DECAY) + spread(dA, b_k, ell, 0.0, True, DECAY, FINE and DECAY != "channel")
     return dk_read, spread(tl.trans(dA), b_k, ell, 0.0, False, DECAY, FINE and DECAY != "channel")
+
+
+@triton.jit
+def joined(
+    S, z, parts, parts_z, totals, turns, row, turn_row, step, count, k, v,
+    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, NORMALIZE: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What S and z become over the `count` segments of the delta rule that come before `row`: R S + part, of each. TURNED: Rᵀ.
+
+    PRECISION: how the tensor cores at hand multiply float32.
+    """
+    for s in tl.range(0, count, num_stages=1, disable_licm=True):
+        at = row - (count - s) * step
+        turn = turns + (turn_row - (count - s) * step).to(tl.int64) * (K * K)
+        if TURNED:
+            turn += k[:, None] + k[None, :] * K
+        else:
+            turn += k[:, None] * K + k[None, :]
+        R = tl.load(turn, mask=(k < K)[:, None] & (k < K)[None, :], other=0.0)
+        S = tl.dot(R, S, input_precision=PRECISION) + matrix(parts, at, k, v, K, V)
+        if NORMALIZE:
+            z = carried_z(z, load_total(totals, at, k, K, DECAY), DECAY) + vector(parts_z, at, k, K)
+    return S, z

@@ -10,7 +10,7 @@ Loops that fade are `disable_licm`: masks and fades hoisted out of a loop hold r
 import triton
 import triton.language as tl
 
-from .layout import column, put, put_column, tile
+from .layout import column, put, put_column, tile, vector
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -75,6 +75,26 @@ def load_gates(dg, first, step, live, heads, h, k, K: tl.constexpr, DECAY: tl.co
     else:
         x = column(dg, first, step, live, heads, h)
     return x
+
+
+@triton.jit
+def load_total(totals, row, k, K: tl.constexpr, DECAY: tl.constexpr):
+    """Decay over a stretch: a number, or [K]."""
+    if DECAY == "channel":
+        total = vector(totals, row, k, K)
+    elif DECAY == "none":
+        total = 0.0
+    else:
+        total = tl.load(totals + row)
+    return total
+
+
+@triton.jit
+def store_total(totals, total, row, k, here, K: tl.constexpr, DECAY: tl.constexpr):
+    if DECAY == "channel":
+        tl.store(totals + row.to(tl.int64) * K + k, total, mask=(k < K) & here)
+    elif DECAY != "none":
+        tl.store(totals + row, total, mask=here)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .delta import solved
 from .gate import carried_z, clock, dot, faded, gates, load_gates, per_gate, put_gates, read, scores, scores_both, spread, unclock
-from .layout import column, first_row, gradient, locate, put, tile, tokens
+from .layout import column, first_row, gradient, locate, matrix, put, tile, tokens, vector
 from .state import entering, entering_z
 
 
@@ -76,13 +76,13 @@ def bwd_dq(
 
 @triton.jit(do_not_specialize=["N", "T", "H", "G", "segments", "chunks", "rows"])
 def bwd_dkv(
-    q, k, v, do, dd, factor, g, states, zs, fades, incoming, incoming_z, cu_seqlens, dg_rows, dwrites, v_given, beta, du, dk, dv, dg,
-    dbeta, scale, N, T, H, G, segments, chunks, rows,
+    q, k, v, do, dd, factor, g, states, zs, fades, incoming, incoming_z, cu_seqlens, dg_rows, dwrites, v_given, beta, du, dq, dk, dv,
+    dg, dbeta, scale, N, T, H, G, segments, chunks, rows,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr,
     LEAVING_LEFT: tl.constexpr, LEAVING_RIGHT: tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr,
     VARLEN: tl.constexpr, SCANNED: tl.constexpr, WRITES: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks of all sequences, H, dk and dv). DELTA: v is u; its gradient du is there, and goes on to v and beta."""
+    """Grid (chunks of all sequences, H, dk and dv). DELTA: dq too; v is u, its gradient du is there, and goes on to v and beta."""
     at, h = tl.program_id(0), tl.program_id(1)
     n, start, length, c = locate(at, cu_seqlens, N, T, C, VARLEN)
     if c * C >= length:
@@ -154,17 +154,33 @@ def bwd_dkv(
         for head in tl.range(0, G, disable_licm=True):
             b_q = tile(q, first, step, live, H * G, h * G + head, jk, K)
             dP = tl.zeros([C, C], tl.float32)
-            for iv in range((V + BV - 1) // BV):
+            if DELTA:
+                dP_query, b_dq = tl.zeros([C, C], tl.float32), tl.zeros([C, BK], tl.float32)
+            for iv in tl.range(0, (V + BV - 1) // BV, disable_licm=DELTA):
                 jv = iv * BV + tl.arange(0, BV)
                 dn = gradient(do, factor, scale, first, step, live, H * G, h * G + head, jv, V, NORMALIZE)
-                dP += dot(tile(v, first, step, live, H, h, jv, V), tl.trans(dn))
+                b_v = tile(v, first, step, live, H, h, jv, V)
+                dP += dot(b_v, tl.trans(dn))
+                if DELTA:
+                    dP_query += dot(dn, tl.trans(b_v))
+                    b_dq += dot(dn, tl.trans(matrix(states, p_row, jk, jv, K, V).to(dn.dtype)))
             if NORMALIZE:
-                dP += column(dd, first, step, live, H * G, h * G + head)[None, :]
+                b_dd = column(dd, first, step, live, H * G, h * G + head)
+                dP += b_dd[None, :]
+                if DELTA:
+                    dP_query += b_dd[:, None]
+                    b_dq += b_dd[:, None] * vector(zs, p_row, jk, K)[None, :]
             left += spread(dP, b_q, ell, OWN, False, DECAY)
             if BOTH:
                 right += spread(dP, b_q, r, 0.0, True, DECAY)
+            if DELTA:
+                b_dq = faded(b_dq, ell, DECAY) + spread(dP_query, b_k, ell, OWN, True, DECAY)
+                put(dq, b_dq, first, step, live, H * G, h * G + head, jk, K)
             if DECAY != "none":
-                b_dg += load_gates(dg_rows, first, step, live, H * G, h * G + head, jk, K, DECAY)
+                if DELTA:
+                    b_dg += unclock(per_gate(b_q * b_dq, DECAY), LEAVING_LEFT)
+                else:
+                    b_dg += load_gates(dg_rows, first, step, live, H * G, h * G + head, jk, K, DECAY)
         if DELTA:
             read_with, as_key = solved(
                 v_given, beta, v, du, states, dv, dbeta, p_row, first, step, live, H, h, b_k, ell, K, V, BK, BV, C, DECAY

@@ -6,6 +6,7 @@ The state from the left is carried in registers; bidirectional calls read the on
 import triton
 import triton.language as tl
 
+from .delta import joined
 from .gate import carried, carried_z, clock, dot, faded, fine, gates, read, read_z, scores, scores_both, written
 from .layout import first_row, locate, matrix, put, put_column, put_matrix, put_vector, tile, tokens, vector
 from .state import entering, entering_z
@@ -13,26 +14,30 @@ from .state import entering, entering_z
 
 @triton.jit(do_not_specialize=["N", "T", "H", "G", "segments", "chunks", "every"])
 def output(
-    q, k, v, g, solution, incoming, incoming_z, states, zs, fades, cu_seqlens, o, d, writes, bkv, bz, last, last_z,
-    scale, eps, N, T, H, G, segments, chunks, every,
+    q, k, v, g, solution, incoming, incoming_z, parts, parts_z, totals, turns, states, zs, fades, cu_seqlens, o, d, writes, bkv,
+    bz, last, last_z, scale, eps, N, T, H, G, segments, chunks, every,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr,
     DELTA: tl.constexpr, LEAVING_LEFT: tl.constexpr, LEAVING_RIGHT: tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr,
     DIVIDE: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr, SCANNED: tl.constexpr, RECORD: tl.constexpr,
-    WRITES: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, PIPE: tl.constexpr,
+    WRITES: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, PIPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (V tiles, segments × query heads). NORMALIZE: row sums d are formed; DIVIDE: "none", "sum" or "clamp".
 
-    DELTA: `solution` is X of delta.py, u = X (v − what k reads of the state already).
+    DELTA: `solution` is X of delta.py, u = X (v − what k reads of the state already); SCANNED: what enters is joined here, see state.py.
     """
     iv, segment, hq = tl.program_id(0), tl.program_id(1) // (H * G), tl.program_id(1) % (H * G)
     h = hq // G
     n, start, length, block = locate(segment, cu_seqlens, N, T, chunks * C, VARLEN)
     count = tl.minimum(chunks, tl.cdiv(length, C) - block * chunks)
     jk, jv = tl.arange(0, BK), iv * BV + tl.arange(0, BV)
-    if SCANNED or STARTS:
-        S, z = matrix(incoming, segment * H + h, jk, jv, K, V), vector(incoming_z, segment * H + h, jk, K)
+    own_row, sequence_row = segment * H + h, n * H + h
+    if STARTS or (SCANNED and not DELTA):
+        row = sequence_row if DELTA else own_row  # without segments they are one
+        S, z = matrix(incoming, row, jk, jv, K, V), vector(incoming_z, row, jk, K)
     else:
         S, z = tl.zeros([BK, BV], tl.float32), tl.zeros([BK], tl.float32)
+    if DELTA and SCANNED:
+        S, z = joined(S, z, parts, parts_z, totals, turns, own_row, own_row, H, block, jk, jv, K, V, DECAY, NORMALIZE, False, PRECISION)
     right_row = (segments + segment) * H + h  # the family N follows P
     chunk_row = first_row(n, start, T, C, VARLEN)
     record_row = first_row(n, start, T, C * every, VARLEN)
@@ -79,8 +84,8 @@ def output(
                 out = out / tl.maximum(rows, eps)[:, None]
         put(o, out, first, step, live, H * G, hq, jv, V)
         S = carried(S, L, DECAY) + written(b_k, b_u, L - ell, DECAY)  # carry
-    if ENDS and not SCANNED:  # one segment is the whole sequence
-        if speaks:
-            put_matrix(last, S, n * H + h, jk, jv, K, V)
+    if ENDS and (DELTA or not SCANNED):
+        if speaks & (block == tl.maximum(tl.cdiv(length, chunks * C), 1) - 1):
+            put_matrix(last, S, sequence_row, jk, jv, K, V)
             if iv == 0:
-                put_vector(last_z, z, n * H + h, jk, K)
+                put_vector(last_z, z, sequence_row, jk, K)

@@ -1,5 +1,7 @@
 """One sequence of launches: which kernels run, in what order, on which buffers."""
 
+from math import isqrt
+
 import torch
 from torch import Tensor
 
@@ -51,8 +53,11 @@ class Pass:
         C = self.C = tile.C
         longest = max(self.T, 1)
         chunks = chunks_per_segment(longest, C, self.N * self.H * -(-self.V // tile.BV))
-        if self.beta is not None and (self.K > JOINED or chunks * FEWEST * C > longest):
-            chunks = -(-longest // C)
+        if self.beta is not None:
+            total = -(-longest // C)
+            chunks = max(chunks, isqrt(total // 2))
+            if self.K > JOINED or chunks * FEWEST > total:
+                chunks = total
         self.chunks = chunks + (1 if self.cu_seqlens is not None and chunks * C == longest else 0)  # T // span is 0 for one segment
         self.segments, self.chunk_rows = self.rows(self.chunks * C), self.rows(C)
         self.scanned = self.segments > self.N
@@ -73,9 +78,10 @@ class Pass:
         return room(*shape, self.K) if self.decay == "channel" else room(*shape)
 
     def states(self, kv, z, ends: bool, dkv=None, dz=None, gradients=(), u=None, du=None):
-        """Run wy, seg_state and seg_scan. → X, (chunk states, their z, their fades, what enters the segments, its z), (last, last_z).
+        """Run wy, seg_state and seg_scan. → X, (chunk states, their z, fades, what enters the segments, its z), (last, last_z), parts.
 
-        The delta rule's segments are walked for what they add and for R alone, joined, and in a backward walked again for the states.
+        The delta rule's segments are walked first for their `parts` alone, sums, z, decays and R. What walks them again joins those before
+        it: `output`, and in a backward a second seg_state.
         """
         grad, D, H, K, V, starts = bool(gradients), self.D, self.H, self.K, self.V, kv is not None
         do, o, d, dd, factor, dbkv, dbz, dwrites = gradients or (None,) * 8
@@ -88,17 +94,18 @@ class Pass:
         states = take(*rows, K, V, dtype=self.k.dtype) if kept else None
         zs = take(*rows, K) if kept and self.normal else None
         fades = self.wide(take, *rows) if kept else None
-        totals = self.wide(take, families, self.segments, H)
-        wanted = starts if grad else ends
-        parts, parts_z = self.last(families, self.scanned or wanted, self.segments, take if self.scanned else self.new)
+        sums = self.last(families, self.scanned, self.segments, take)
+        totals = self.wide(take, families, self.segments, H) if self.scanned else None
         turns = take(self.segments, H, K, K) if joined else None
+        last = self.last(families, starts if grad else ends, self.N, self.new)
         BV = self.plan.tile(column).BV
         tiles = -(-V // BV)
 
-        def walk(columns, kv, z, dkv, dz, keep, resumed, scanned, starts, ends):
+        def walk(columns: int, keep: bool, scanned: bool):
+            resumed = joined and not scanned
             tensors = (
                 self.q if grad else None, self.k, self.v, do, X, u, du, dwrites, o, d, dd, factor, self.g, kv, z, dkv, dz, dbkv, dbz,
-                self.cu_seqlens, states, zs, fades, parts, parts_z, totals, turns,
+                self.cu_seqlens, states, zs, fades, *(sums if scanned else last), *(sums if resumed else (None, None)), totals, turns,
             )  # fmt: skip
             numbers = (
                 self.form.scale, self.form.eps, self.N, self.T, H, self.G, family, self.segments, self.chunks,
@@ -114,26 +121,23 @@ class Pass:
             tensors = (self.k, self.g, self.beta, self.cu_seqlens, X)
             launch(wy, (self.chunk_rows, H), tensors, (self.N, self.T, H), self.plan.fixed(wy, column))
         if families > family:
-            columns = (families - family) * tiles + (-(-K // BV) if joined else 0)
-            walk(columns, kv, z, dkv, dz, not joined, False, self.scanned, starts, ends)
-        if not self.scanned:
-            return X, (states, zs, fades, kv, z), (parts, parts_z)
-        last, last_z = self.last(families, wanted, self.N, self.new)
-        launch(
-            seg_scan, (families, self.N * H, tiles),
-            (parts, parts_z, totals, turns, kv, z, dkv, dz, last, last_z, self.cu_seqlens),
-            (self.N, self.T, H, self.segments, self.chunks),
-            self.plan.fixed(seg_scan, column, GRAD=grad, STARTS=starts, ENDS=ends),
-        )  # fmt: skip
+            walk((families - family) * tiles + (-(-K // BV) if joined else 0), not joined, self.scanned)
         if joined and grad:
-            walk(families * tiles, parts, parts_z, parts, parts_z, True, True, False, False, False)
-        return X, (states, zs, fades, parts, parts_z), (last, last_z)
+            walk(families * tiles, True, False)
+        elif self.scanned and not joined:
+            launch(
+                seg_scan, (families, self.N * H, tiles), (*sums, totals, kv, z, dkv, dz, *last, self.cu_seqlens),
+                (self.N, self.T, H, self.segments, self.chunks),
+                self.plan.fixed(seg_scan, column, GRAD=grad, STARTS=starts, ENDS=ends),
+            )  # fmt: skip
+            return X, (states, zs, fades, *sums), last, (None,) * 4
+        return X, (states, zs, fades, kv, z), last, (*sums, totals, turns)
 
     def forward(self, kv, z, divide: str, dtype):
         """→ o [B T HQ V], d, last, last_z [D N H ·], recorded kv and z, writes; None: not asked for."""
         form, H, K, V, heads = self.form, self.H, self.K, self.V, self.H * self.G
         self.cut("output")
-        X, (states, zs, fades, incoming, incoming_z), (last, last_z) = self.states(kv, z, form.final)
+        X, (states, zs, fades, incoming, incoming_z), (last, last_z), parts = self.states(kv, z, form.final)
         o = self.new(self.B, self.T, heads, V, dtype=dtype)
         d = self.new(self.B, self.T, heads) if self.normal else None
         bkv = bz = None
@@ -144,7 +148,8 @@ class Pass:
             bz = zeros(self.B, rows if self.normal else 0, H, K, dtype=torch.float32, device=self.device)
         u = self.new(self.B, self.T, H, V) if form.writes and self.beta is not None else None
         tensors = (
-            self.q, self.k, self.v, self.g, X, incoming, incoming_z, states, zs, fades, self.cu_seqlens, o, d, u, bkv, bz, last, last_z
+            self.q, self.k, self.v, self.g, X, incoming, incoming_z, *parts, states, zs, fades, self.cu_seqlens, o, d, u, bkv, bz, last,
+            last_z,
         )  # fmt: skip
         numbers = (
             form.scale, form.eps, self.N, self.T, H, self.G, self.segments, self.chunks, max(1, form.stride // self.C)
@@ -168,17 +173,18 @@ class Pass:
         take = self.scratch.take
         u, du = (take(self.tokens, H, self.V, dtype=x) if delta else None for x in (self.v.dtype, torch.float32))
         dd, factor = self.row_sums()
-        dg_rows, dg = self.wide(take, self.tokens, H * self.G), self.wide(self.new, self.B, self.T, H)
+        dg_rows, dg = None if delta else self.wide(take, self.tokens, H * self.G), self.wide(self.new, self.B, self.T, H)
         gradients = (do, o, d, dd, factor, dbkv, dbz, dwrites)
-        _, (*own, incoming, incoming_z), (last, last_z) = self.states(kv, z, dkv is not None, dkv, dz, gradients, u, du)
+        _, (*own, incoming, incoming_z), (last, last_z), _ = self.states(kv, z, dkv is not None, dkv, dz, gradients, u, du)
         dq, dk, dv = (torch.empty_like(x, dtype=dtype) for x in (self.q, self.k, self.v))
         numbers = (self.form.scale, self.N, self.T, H, self.G, self.segments, self.chunks, self.chunk_rows)
         v, scanned = u if delta else self.v, self.scanned and not delta  # states of the delta rule are whole
         entered = (*own, *((incoming, incoming_z) if scanned else (None, None)))
         tensors = (self.q, self.k, v, do, dd, factor, self.g, *entered, self.cu_seqlens)
-        launch(bwd_dq, (self.chunk_rows, H * self.G), (*tensors, dq, dg_rows), numbers, plan.fixed(bwd_dq, "bwd_dq", SCANNED=scanned))
+        if not delta:
+            launch(bwd_dq, (self.chunk_rows, H * self.G), (*tensors, dq, dg_rows), numbers, plan.fixed(bwd_dq, "bwd_dq", SCANNED=scanned))
         dbeta = torch.empty_like(self.beta) if delta else None
-        tensors = (*tensors, dg_rows, dwrites, self.v if delta else None, self.beta, du, dk, dv, dg, dbeta)
+        tensors = (*tensors, dg_rows, dwrites, self.v if delta else None, self.beta, du, dq, dk, dv, dg, dbeta)
         fixed = plan.fixed(bwd_dkv, "bwd_dkv", SCANNED=scanned, WRITES=dwrites is not None)
         launch(bwd_dkv, (self.chunk_rows, H, 1 if delta else 2), tensors, numbers, fixed)
         return dq, dk, dv, dg, dbeta, *((None, None) if last is None else (last[D:], last_z[D:]))
@@ -201,7 +207,7 @@ class NoDecay(Pass):
         launch(
             seg_state, (families * tiles, self.segments * H),
             (self.q if grad else None, self.k, self.v, do, *[None] * 4, o, d, dd, factor, None, kv, z, dkv, dz, None, None,
-             self.cu_seqlens, None, None, None, parts, parts_z, None, None),
+             self.cu_seqlens, None, None, None, parts, parts_z, None, None, None, None),
             (self.form.scale, self.form.eps, *numbers, self.G, 0, self.segments, self.chunks, 1),
             plan.fixed(seg_state, column, SCANNED=True, RECORD=False, WRITES=False, KEEP=False, RESUMED=False, **whether),
         )  # fmt: skip
