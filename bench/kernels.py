@@ -54,11 +54,11 @@ BUDGET = {
     ("short bidirectional", 64): (535, 1100), ("short bidirectional", 128): (1060, 2150),
     ("channel", 64): (1360, 6500), ("channel", 128): (2720, 18200),
     ("channel bidirectional", 64): (2480, 9400), ("channel bidirectional", 128): (7100, 29200),
-    ("delta", 64): (1430, 6320), ("delta", 128): (2370, 15800),
-    ("channel delta", 64): (2020, 10220), ("channel delta", 128): (3760, 27500),
+    ("delta", 64): (1430, 5460), ("delta", 128): (2370, 13600),
+    ("channel delta", 64): (2020, 8270), ("channel delta", 128): (3760, 22600),
     ("scalar", 256): (3330, 29600), ("bidirectional", 256): (12000, 52200), ("nodecay", 256): (2230, 6060),
     ("channel", 256): (5450, 57700), ("channel bidirectional", 256): (22700, 101000),
-    ("delta", 256): (2800, 54500), ("channel delta", 256): (4930, 62300),
+    ("delta", 256): (2800, 43800), ("channel delta", 256): (4930, 48300),
 }  # fmt: skip
 BUDGET_32 = BUDGET | {  # with chunks of 32 tokens, twice the states
     ("scalar", 64): (860, 3500), ("scalar", 128): (1700, 9600),

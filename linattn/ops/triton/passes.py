@@ -184,7 +184,7 @@ class Pass:
         if not delta:
             launch(bwd_dq, (self.chunk_rows, H * self.G), (*tensors, dq, dg_rows), numbers, plan.fixed(bwd_dq, "bwd_dq", SCANNED=scanned))
         dbeta = torch.empty_like(self.beta) if delta else None
-        tensors = (*tensors, dg_rows, dwrites, self.v if delta else None, self.beta, du, dq, dk, dv, dg, dbeta)
+        tensors = (*tensors, dg_rows, dwrites, self.v if delta else None, self.beta, du, dq if delta else None, dk, dv, dg, dbeta)
         fixed = plan.fixed(bwd_dkv, "bwd_dkv", SCANNED=scanned, WRITES=dwrites is not None)
         launch(bwd_dkv, (self.chunk_rows, H, 1 if delta else 2), tensors, numbers, fixed)
         return dq, dk, dv, dg, dbeta, *((None, None) if last is None else (last[D:], last_z[D:]))
