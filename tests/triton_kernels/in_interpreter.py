@@ -114,9 +114,11 @@ def test_sequences_as_long_as_short_ones_may_be(case, groups, monkeypatch):
 WAYS = [(decay, way) for decay in DECAYS for way in ("additive", "delta", "short") if (decay, way) != ("channel", "short")]
 
 
-def in_bfloat16(decay, way, direction):
+def in_bfloat16(decay, way, direction, width=16):
     states = {"state": way != "short", "final": way != "short"}
-    case = Case(decay=decay, delta=way == "delta", direction=direction, B=1, H=1, T=70, widths=(16, 16), dtype=torch.bfloat16, **states)
+    case = Case(
+        decay=decay, delta=way == "delta", direction=direction, B=1, H=1, T=70, widths=(width, width), dtype=torch.bfloat16, **states
+    )
     for name, error in errors(whole(case, "triton"), whole(case, "reference", double=True)).items():
         assert error < 4e-3, f"{name}: relative error {error:.2g}"
 
@@ -130,6 +132,13 @@ def test_bfloat16(decay, way):
 @pytest.mark.parametrize(("decay", "way"), WAYS)
 def test_bfloat16_from_the_other_side(decay, way):
     in_bfloat16(decay, way, ("symmetric", "causal")[WAYS.index((decay, way)) % 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", DECAYS)
+def test_bfloat16_of_wide_heads_under_the_delta_rule(decay):
+    """Where the gradients' products are rounded that are not in narrower ones, see delta.py."""
+    in_bfloat16(decay, "delta", "symmetric" if decay == "none" else "causal", 128)
 
 
 def test_delta_rule_in_segments():
