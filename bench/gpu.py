@@ -55,7 +55,8 @@ def first_calls(stage: Stage, told: Callable[[str], None]) -> dict[str, float]:
     """Seconds of a process's first forward and backward: with an empty cache of kernels, and with a full one."""
     _, T, H, D = stage.long[0]
     with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(machine.ROOT)}
+        paths = os.pathsep.join(filter(None, [str(machine.ROOT), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": paths}
         words = [stage.device, min(T, 4096), H, D, str(stage.dtype).removeprefix("torch.")]
         command = [sys.executable, "-c", FIRST, *map(str, words)]
         once = lambda: float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=LONGEST).stdout)

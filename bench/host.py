@@ -19,8 +19,8 @@ from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from linattn.ops import triton as backend
 from linattn.ops.form import Form
-from linattn.ops.linear_attention import _backward, _forward
 from linattn.ops.triton import decoding, direct, launch, passes, plan
 
 from . import machine
@@ -84,13 +84,13 @@ def measure(name: str, repeats: int = 500) -> dict[str, float]:
     q, k, v, do = (torch.zeros(B, T, H, D, dtype=torch.bfloat16) for _ in range(4))
     log_decay = {"none": None, "scalar": torch.zeros(B, T, H), "channel": torch.zeros(B, T, H, D)}[decay]
     inputs = (q, k, v, log_decay, torch.zeros(B, T, H) if delta else None, None, None, None)
-    rest = (*Form(D**-0.5, causal, "target", normalize, 1e-6, 0, False, False), "triton")
+    form = Form(D**-0.5, causal, "target", normalize, 1e-6, 0, False, False)
     found = {}
     with no_driver() as launched:
-        o, _, _, d, *_ = _forward(*inputs, *rest)
+        o, _, _, d, *_ = backend.forward(*inputs, form)
         sides = {
-            "forward": lambda: _forward(*inputs, *rest),
-            "backward": lambda: _backward(do, None, None, None, None, None, *inputs, o, d, *rest),
+            "forward": lambda: backend.forward(*inputs, form),
+            "backward": lambda: backend.backward(do, None, None, None, None, None, *inputs, o, d, form),
         }
         for side, call in sides.items():
             whole, launches = _time(call, launched, repeats), _noted(call)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import gpu, records
+from bench.gpu_peers import REHEARSAL
 from bench.gpu_worker import Question, Worker
 from bench.machine import ROOT
 
@@ -17,6 +18,32 @@ def test_refuses_to_measure_without_a_gpu(capsys):
     with pytest.raises(SystemExit):
         gpu.main([])
     assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_a_red_row_is_not_timed(monkeypatch):
+    class Answers:
+        """A worker: whatever is asked whether it is right is not, and all else takes a millisecond."""
+
+        def __init__(self, rehearse):
+            pass
+
+        def ask(self, question, seconds):
+            if not question.call:
+                return "relative error 1 in dq", False
+            assert (question.peer, question.call) != ("triton", "forward")
+            return {"p50": 1.0}, False
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(gpu, "Worker", Answers)
+    monkeypatch.setattr(gpu, "first_calls", lambda *_: {"cold": 1.0, "warm": 0.1})
+    record = gpu.run(REHEARSAL, only=("scalar",), told=lambda line: None)
+    ours = [row for row in record.rows if row.peer == "triton"]
+    assert ours and all(row.p50 is None and row.skipped == "relative error 1 in dq" for row in ours)
+    assert all(row.p50 == 1.0 for row in record.rows if row.peer != "triton")
+    assert not any(check.cells for check in record.checks if check.promise != "first call")
 
 
 @pytest.mark.slow
