@@ -65,6 +65,11 @@ class Pass:
     def new(self, *shape, dtype=torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
+    def outputs(self, dtype) -> Tensor:
+        if self.K == self.V:  # the quicker call
+            return torch.empty_like(self.q, dtype=dtype)
+        return self.new(*self.q.shape[:3], self.V, dtype=dtype)
+
     def last(self, families: int, wanted: bool, rows: int, room) -> tuple:
         """`room` (new, or scratch.take) for the states at the end of segments or sequences, and their z; None if nobody wants them."""
         if not wanted:
@@ -138,7 +143,7 @@ class Pass:
         form, H, K, V, heads = self.form, self.H, self.K, self.V, self.H * self.G
         self.cut("output")
         X, (states, zs, fades, incoming, incoming_z), (last, last_z), parts = self.states(kv, z, form.final)
-        o = self.new(self.B, self.T, heads, V, dtype=dtype)
+        o = self.outputs(dtype)
         d = self.new(self.B, self.T, heads) if self.normal else None
         bkv = bz = None
         if form.stride:
@@ -221,7 +226,7 @@ class NoDecay(Pass):
         heads = self.H * self.G
         self.cut("state")
         whole, whole_z, last, last_z = self.sums("state", kv, z, self.form.final)
-        o = self.new(self.B, self.T, heads, self.V, dtype=dtype)
+        o = self.outputs(dtype)
         d = self.new(self.B, self.T, heads) if self.normal else None
         launch(
             nodecay_out, (self.rows(self.plan.tile("output").C), heads), (self.q, whole, whole_z, self.cu_seqlens, o, d),
@@ -259,7 +264,7 @@ class Short(Pass):
 
     def forward(self, kv, z, divide: str, dtype):
         heads = self.H * self.G
-        o = self.new(self.B, self.T, heads, self.V, dtype=dtype)
+        o = self.outputs(dtype)
         d = self.new(self.B, self.T, heads) if self.normal else None
         launch(
             short, (self.rows(self.plan.tile("short").C), heads), (self.q, self.k, self.v, self.g, o, d),
