@@ -1,6 +1,6 @@
 // The backward of heads of one sequence: a walk with the states for dq, and a walk against it with their gradients for the rest.
 #pragma once
-#include "gradients.h"
+#include "both.h"
 
 namespace linattn::LINATTN_ISA {
 
@@ -63,18 +63,6 @@ STAGE void query_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p
   carry_transposed(a, s, u, normal, &ahead);
 }
 
-// ⟨S, dS⟩ + ⟨z, dz⟩: the gradient to the logarithm of all that the state was faded by, one number or one per channel.
-STAGE void pin(const Gradients& s, const float* S, const float* z, bool normal, bool channel, float* total) {
-  vec all = {};
-  for (int c = 0; c < s.Kp; c += LANES) {
-    vec x = normal ? load(z + c) * load(s.dz + c) : vec{};
-    for (int v = 0; v < s.Vp; ++v) x += load(S + v * s.Kp + c) * load(s.dS + v * s.Kp + c);
-    store(total + c, x);
-    all += x;
-  }
-  if (!channel) total[0] = sum(all);
-}
-
 // Second walk, chunks from last to first: dk, dv, dbeta, dlog_decay, and the gradient of the state that entered.
 STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, bool add) {
   const int Kp = s.Kp, Vp = s.Vp, rows = least(C, w.length - p);
@@ -83,7 +71,7 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
   Gate& gate = s.gate;
   float* running = s.running;  // of the log-decay gradient, from the end
   const int64_t last = (w.length - 1) / C * C;
-  if (decays && p == last) pin(s, s.S, s.z, normal, channel, running);
+  if (decays && p == last) pin(s, s.S, s.dS, s.z, s.dz, normal, channel);
   const int64_t end = p + C;
   float beta[C], A[C * C];
   if (a.delta && (p == last || end % s.anchor == 0)) {  // rebuild the states of this stretch from its anchor
@@ -97,7 +85,7 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
     }
   }
   if (decays && p != last && end % s.anchor == 0)
-    pin(s, s.anchors + end / s.anchor * state, s.anchors_z + end / s.anchor * Kp, normal, channel, running);
+    pin(s, s.anchors + end / s.anchor * state, s.dS, s.anchors_z + end / s.anchor * Kp, s.dz, normal, channel);
   load_keys(a, w, s, p, rows, TRIANGLE, false);
   if (!channel) transpose(s.k, Kp, C, Kp, s.kT, C);
   const float* u = s.v;
@@ -150,13 +138,13 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
       keep_triangle(s.dP, w.own);
       channel_scatter(s.dP, s.q, gate, Kp, s.dk);
       scale_tile(s.q, gate.seen_k, s.q_seen, Kp);
-      gather(s.P, true, s.dn, Vp, s.du);
+      gather(s.P, LOWER_TRANSPOSED, s.dn, Vp, s.du);
       across = {1.0f, nullptr, first ? gate.across_k : nullptr};
       if (normal) carry_z(s.dz, Kp, 1.0f, first ? gate.across_k : nullptr, s.q_seen, s.dd);
     } else {
       products(s.q, Kp, s.kT, gate.D, nullptr, s.P);
-      if (!first) gather(s.dP, true, s.q, Kp, s.dk);
-      gather(s.P, true, s.dn, Vp, s.du);
+      if (!first) gather(s.dP, LOWER_TRANSPOSED, s.q, Kp, s.dk);
+      gather(s.P, LOWER_TRANSPOSED, s.dn, Vp, s.du);
       across = {first ? gate.across : 1.0f};
       if (decays) {
         for (int r = 0; r < C; ++r) s.dd[r] *= gate.seen[r];
@@ -187,8 +175,8 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
       channel_scatter(s.dP, s.k, gate, Kp, s.dk);
     } else {
       for (int i = 0; i < C * C; i += LANES) store(s.dP + i, load(s.dP + i) * load(gate.D + i));
-      gather(s.dP, false, s.k, Kp, s.dk_read);
-      gather(s.dP, true, s.k, Kp, s.dk);
+      gather(s.dP, LOWER, s.k, Kp, s.dk_read);
+      gather(s.dP, LOWER_TRANSPOSED, s.k, Kp, s.dk);
     }
     for (int i = 0; i < C * Kp; i += LANES) store(s.k_seen + i, -load(s.k_seen + i));
     Ahead queries;
@@ -240,52 +228,15 @@ STAGE void key_walk(const Backward& a, Walk w, Gradients& s, bool add) {
     }
 }
 
-// As whole_forward: dq reads the sum of all writes, dk and dv the sum of all reads, and neither has a part inside the chunk.
-static void whole_backward(const Backward& a, Job job, Gradients& s) {
-  const Walk w = make_walk(a, job, 0);
-  const int Kp = s.Kp, Vp = s.Vp;
-  const bool normal = a.normalize != PLAIN;
-  __builtin_memset(s.all_S, 0, s.state * a.width * 4), __builtin_memset(s.all_dS, 0, s.state * a.width * 4);
-  __builtin_memset(s.all_z, 0, size_t(Kp) * a.width * 4), __builtin_memset(s.all_dz, 0, size_t(Kp) * a.width * 4);
-  each_chunk(a, w, s, [&](const Walk& at, int64_t p, int rows) {
-    load_chunk(a, at, s, p, rows, NOTHING, false);
-    Ahead ahead = next_keys(a, at, p + C);
-    carry_transposed(a, s, s.v, normal, &ahead);
-  });
-  add_entering(a, job, true, false, s, s.all_S, s.all_z, a.kv, a.z, a.seg_kv, a.seg_z, nullptr, nullptr);
-  each_chunk(a, w, s, [&](const Walk& at, int64_t p, int rows) {
-    for (int64_t h = at.h * a.G; h < (at.h + 1) * a.G; ++h) {
-      load_grad(a, at, s, p, rows, h, a.scale);
-      load_rows(span(a.q, at, p, h), rows, int(a.K), 1.0f, s.q, Kp);
-      Ahead ahead;
-      if (p + C < w.length) ahead.also(span(a.grad, at, p + C, h), a.V).also(span(a.q, at, p + C, h), a.K);
-      emit(s.dn, Vp, s.S, Kp, nullptr, nullptr, ALL, nullptr, s.dq, Kp, &ahead);
-      if (normal) finish_read(s.dq, Kp, s.dd, s.z, nullptr);
-      store_rows(s.dq, Kp, rows, int(a.K), 1.0f, span(a.dq, at, p, h), false);
-      carry(s.dS, Vp, Kp, {1.0f}, s.dn, false, s.q);
-      if (normal) carry_z(s.dz, Kp, 1.0f, nullptr, s.q, s.dd);
-    }
-  });
-  add_entering(a, job, true, true, s, s.all_dS, s.all_dz, a.dkv_out, a.dz_out, a.seg_dkv, a.seg_dz, a.dkv, a.dz);
-  float ones[C];
-  for (float& x : ones) x = 1.0f;
-  each_chunk(a, w, s, [&](const Walk& at, int64_t p, int rows) {
-    load_chunk(a, at, s, p, rows, NOTHING, false);
-    Ahead ahead = next_keys(a, at, p + C);
-    emit(s.v, Vp, s.dS, Kp, nullptr, nullptr, ALL, nullptr, s.dk, Kp, &ahead);
-    if (normal) finish_read(s.dk, Kp, ones, s.dz, nullptr);
-    store_rows(s.dk, Kp, rows, int(a.K), 1.0f, span(a.dk, at, p, at.h), false);
-    transpose(s.k, Kp, C, Kp, s.kT, C);
-    emit_across(s.kT, Kp, s.dS, Vp, nullptr, s.wide, s.du);
-    store_rows(s.du, Vp, rows, int(a.V), 1.0f, span(a.dv, at, p, at.h), false);
-  });
-}
-
 static void backward_job(const Backward& a, Job job, float* scratch) {
   Scratch take{scratch};
   Gradients s(a, take);
   if (!a.causal && a.decay == NONE && !a.delta && !a.dbkv && !a.du) {
     whole_backward(a, job, s);
+    return drain();
+  }
+  if (Gradients::shares(a)) {
+    shared_backward(a, job, s);
     return drain();
   }
   for (int direction = 0; direction < (a.causal ? 1 : 2); ++direction) {

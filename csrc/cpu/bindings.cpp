@@ -140,7 +140,7 @@ Rows rows_of(const Tensor& x) {
 // Of an output. Rows a vector can be streamed to: float32, from blocks of ours, and no cache would hold them until they are read.
 Rows output_rows(const Tensor& x) {
   Rows rows = rows_of(x);
-  rows.stream = !rows.bf16 && x.size(3) % 16 == 0 && size_t(rows.p) % 64 == 0 && x.numel() >= int64_t(4) << 20;
+  rows.stream = !rows.bf16 && x.size(3) % 16 == 0 && size_t(rows.p) % 64 == 0 && x.numel() >= int64_t(2) << 20;
   return rows;
 }
 

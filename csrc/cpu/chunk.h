@@ -127,9 +127,20 @@ STAGE void dots(const float* x, const float* y, int ld, float* out) {
   }
 }
 
-enum Shape { ALL, LOWER, LOWER_TRANSPOSED };
+enum Shape { ALL, TRANSPOSED, LOWER, LOWER_TRANSPOSED };  // which entries of P there are: all, or those on and below the diagonal
 
-// out_i = fade_i · x_i S + Σ_j P[i][j] u_j for S [M N], with P full, lower triangular, the transpose of that, or absent; fade null for ones.
+// acc += rows m … m + MR of P u, or of Pᵀ u.
+template <int MR, int NV>
+INLINE void inside(vec (&acc)[MR][NV], const float* P, Shape shape, int m, const float* u, int ld) {
+  if (shape == LOWER_TRANSPOSED)  // column m starts at row m
+    multiply(acc, C - m, P + m * C + m, 1, C, u + m * ld, ld);
+  else if (shape == TRANSPOSED)
+    multiply(acc, C, P + m, 1, C, u, ld);
+  else
+    multiply(acc, shape == LOWER ? m + MR : C, P + m * C, C, 1, u, ld);
+}
+
+// out_i = fade_i · x_i S + Σ_j P[i][j] u_j for S [M N], or the transpose of P, or no P; fade null for ones.
 STAGE void emit(const float* x, int M, const float* S, int N, const float* fade, const float* P, Shape shape, const float* u, float* out,
                 int64_t ldo, Ahead* ahead = nullptr) {
   blocks(C, N, [=]<int MR, int NV>(int m, int n) {
@@ -140,10 +151,7 @@ STAGE void emit(const float* x, int M, const float* S, int N, const float* fade,
       for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
         for (int l = 0; l < NV; ++l) acc[r][l] *= fade[m + r];
-    if (P && shape == LOWER_TRANSPOSED)  // column m starts at row m
-      multiply(acc, C - m, P + m * C + m, 1, C, u + m * N + n, N);
-    else if (P)
-      multiply(acc, shape == LOWER ? m + MR : C, P + m * C, C, 1, u + n, N);
+    if (P) inside(acc, P, shape, m, u + n, N);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4

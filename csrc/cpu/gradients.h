@@ -9,18 +9,21 @@ namespace linattn::LINATTN_ISA {
 // transposed here, [Vp Kp]: what the gradients of queries and keys read runs along key channels.
 struct Gradients : Tiles {
   float *uT, *dn, *dd, *dP, *dq, *dk, *dk_read, *du, *wide, *stash;
-  float *dS, *dz, *running, *anchors, *anchors_z, *group, *writes;  // of the head at hand
+  float *dS, *dz, *running, *anchors, *anchors_z, *group, *writes, *far, *far_z;  // of the head at hand
   float *all_dS, *all_dz, *heads;                                   // of all heads walked side by side
   int64_t anchor, marks;
   size_t state, per_head;
+  Gate other;  // of the second direction, where two share a walk
+  // Both directions of a decay that is one number per token, in two walks instead of four: see both.h.
+  static bool shares(const Backward& a) { return !a.causal && !a.delta && a.decay != CHANNEL && !a.dbkv; }
   static bool keeps_writes(const Backward& a, int direction) { return a.delta && (a.dv.bf16 || direction == 1); }
   static int64_t anchor_of(const Backward& a) { return a.dbkv ? a.stride : ANCHOR; }
   static int64_t marks_of(const Backward& a) { return a.decay != NONE || a.delta ? a.T / anchor_of(a) + 2 : 0; }
   static size_t per_head_of(const Backward& a) {
     const size_t Kp = pad(a.K), Vp = pad(a.V);
-    return Kp + marks_of(a) * (Kp * Vp + Kp) + (a.delta ? anchor_of(a) / C * Kp * Vp : 0) + (keeps_writes(a, !a.causal) ? (a.T + C) * Vp : 0);
+    return Kp + marks_of(a) * (shares(a) ? 2 : 1) * (Kp * Vp + Kp) + (a.delta ? anchor_of(a) / C * Kp * Vp : 0) + (keeps_writes(a, !a.causal) ? (a.T + C) * Vp : 0);
   }
-  Gradients(const Backward& a, Scratch& s) : Tiles(a, s), anchor(anchor_of(a)), marks(marks_of(a)), state(size_t(Kp) * Vp), per_head(per_head_of(a)) {
+  Gradients(const Backward& a, Scratch& s) : Tiles(a, s), anchor(anchor_of(a)), marks(marks_of(a)), state(size_t(Kp) * Vp), per_head(per_head_of(a)), other(0, s) {
     uT = s.take(C * Vp), dn = s.take(C * Vp), dd = s.take(C), dP = s.take(C * C);
     dq = s.take(C * Kp), dk = s.take(C * Kp), dk_read = s.take(C * Kp), du = s.take(C * Vp), wide = s.take(C * Vp);
     stash = s.take(C * Kp);
@@ -37,6 +40,7 @@ struct Gradients : Tiles {
     running = heads + i * per_head;
     anchors = running + Kp, anchors_z = anchors + marks * state, group = anchors_z + marks * Kp;
     writes = group + anchor / C * state;  // there with the delta rule only, `writes` where `keeps_writes`
+    far = group, far_z = far + marks * state;  // there where directions share a walk
   }
 };
 
@@ -63,19 +67,32 @@ STAGE void finish_read(float* out, int Kp, const float* weight, const float* z, 
     }
 }
 
-// out_i += Σ_j X(i, j) y_j with X = P, or Pᵀ.
-STAGE void gather(const float* P, bool transposed, const float* y, int ld, float* out) {
-  blocks(C, ld, [&]<int MR, int NV>(int m, int n) {
+// out_i += Σ_j P[i][j] y_j, or the transpose of P.
+STAGE void gather(const float* P, Shape shape, const float* y, int ld, float* out) {
+  blocks(C, ld, [=]<int MR, int NV>(int m, int n) {
     vec acc[MR][NV];
+#pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
       for (int l = 0; l < NV; ++l) acc[r][l] = load(out + (m + r) * ld + n + l * LANES);
-    if (transposed)  // lower triangular: column m starts at row m
-      multiply(acc, C - m, P + m * C + m, 1, C, y + m * ld + n, ld);
-    else
-      multiply(acc, m + MR, P + m * C, C, 1, y + n, ld);
+    inside(acc, P, shape, m, y + n, ld);
+#pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
       for (int l = 0; l < NV; ++l) store(out + (m + r) * ld + n + l * LANES, acc[r][l]);
   });
+}
+
+// ⟨S, dS⟩ + ⟨z, dz⟩, into `running`: the gradient to the logarithm of all that the state was faded by, one number or one per channel.
+STAGE void pin(const Gradients& s, const float* S, const float* dS, const float* z, const float* dz, bool normal, bool channel) {
+  vec all = {};
+  for (int c = 0; c < s.Kp; c += LANES) {
+    vec x = normal ? load(z + c) * load(dz + c) : vec{};
+    for (int v = 0; v < s.Vp; ++v) x += load(S + v * s.Kp + c) * load(dS + v * s.Kp + c);
+    store(s.running + c, x);
+    all += x;
+  }
+  if (!channel) s.running[0] = sum(all);
 }
 
 INLINE int64_t dg_index(const Backward& a, const Walk& w, int64_t t) { return ((w.direction * a.B + w.b) * a.T + t) * a.H + w.h; }
