@@ -27,8 +27,8 @@ STAGE void query_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p
   for (int i = 0; i < (channel ? C * Kp : C) && decays; i += LANES) store(s.stash + i, vec{});
   for (int64_t h = w.h * a.G; h < (w.h + 1) * a.G; ++h) {
     load_grad(a, w, s, p, rows, h, a.scale);
-    products(s.dn, Vp, s.uT, channel ? nullptr : s.gate.D, normal ? s.dd : nullptr, s.dP);
-    Ahead queries;
+    products(s.dn, Vp, s.uT, channel ? nullptr : s.gate.D, normal ? s.dd : nullptr, LOWER, s.dP);
+    Ahead queries(a);
     queries.also(span(a.grad, w, next, h), a.V).also(span(a.q, w, next, h), a.K);
     const Span dq = span(a.dq, w, p, h);
     const bool direct = !dq.stream && rows == C && !dq.bf16 && a.K == Kp && !normal && !decays && !add;  // straight to memory, without the tile
@@ -122,7 +122,7 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
     const int64_t h = w.h * a.G + g;
     load_rows(span(a.q, w, p, h), rows, int(a.K), a.scale, s.q, Kp);
     load_grad(a, w, s, p, rows, h, 1.0f);
-    products(s.dn, Vp, s.uT, channel ? nullptr : gate.D, normal ? s.dd : nullptr, s.dP);
+    products(s.dn, Vp, s.uT, channel ? nullptr : gate.D, normal ? s.dd : nullptr, LOWER, s.dP);
     const bool first = g == 0;
     if (first) {
       emit(u, Vp, s.dS, Kp, channel || !decays ? nullptr : gate.kept, channel ? nullptr : s.dP, LOWER_TRANSPOSED, s.q,
@@ -131,7 +131,7 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
       for (float& x : ones) x = 1.0f;
       if (channel || normal) finish_read(s.dk, Kp, !normal ? nullptr : channel ? ones : gate.kept, s.dz, channel ? gate.kept_k : nullptr);
     }
-    Ahead queries;
+    Ahead queries(a);
     queries.also(span(a.grad, w, next, h), a.V).also(span(a.q, w, next, h), a.K);
     if (channel) {
       channel_products(s.q, s.k, gate, Kp, w.own, s.P);
@@ -142,7 +142,7 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
       across = {1.0f, nullptr, first ? gate.across_k : nullptr};
       if (normal) carry_z(s.dz, Kp, 1.0f, first ? gate.across_k : nullptr, s.q_seen, s.dd);
     } else {
-      products(s.q, Kp, s.kT, gate.D, nullptr, s.P);
+      products(s.q, Kp, s.kT, gate.D, nullptr, LOWER, s.P);
       if (!first) gather(s.dP, LOWER_TRANSPOSED, s.q, Kp, s.dk);
       gather(s.P, LOWER_TRANSPOSED, s.dn, Vp, s.du);
       across = {first ? gate.across : 1.0f};
@@ -158,7 +158,7 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
   if (a.delta) {  // write: du becomes the gradient of v
     scale_rows(A, beta, s.M, C);
     solve(s.M, true, s.du, Vp);
-    products(s.du, Vp, s.uT, nullptr, nullptr, s.dP);  // −dM, its lower triangle
+    products(s.du, Vp, s.uT, nullptr, nullptr, LOWER, s.dP);  // −dM, its lower triangle
     keep_triangle(s.dP, 0.0f);
     alignas(64) float dbeta[C];
     dots(s.du, s.w, Vp, dbeta);
@@ -179,7 +179,7 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
       gather(s.dP, LOWER_TRANSPOSED, s.k, Kp, s.dk);
     }
     for (int i = 0; i < C * Kp; i += LANES) store(s.k_seen + i, -load(s.k_seen + i));
-    Ahead queries;
+    Ahead queries(a);
     queries.also(span(a.grad, w, next, w.h * a.G), a.V).also(span(a.q, w, next, w.h * a.G), a.K);
     carry(s.dS, Vp, Kp, across, s.dn, false, reads, &queries, nullptr, s.du, s.k_seen);
   }

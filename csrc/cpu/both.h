@@ -21,7 +21,7 @@ static void whole_backward(const Backward& a, Job job, Gradients& s) {
     for (int64_t h = at.h * a.G; h < (at.h + 1) * a.G; ++h) {
       load_grad(a, at, s, p, rows, h, a.scale);
       load_rows(span(a.q, at, p, h), rows, int(a.K), 1.0f, s.q, Kp);
-      Ahead ahead;
+      Ahead ahead(a);
       if (p + C < w.length) ahead.also(span(a.grad, at, p + C, h), a.V).also(span(a.q, at, p + C, h), a.K);
       emit(s.dn, Vp, s.S, Kp, nullptr, nullptr, ALL, nullptr, s.dq, Kp, &ahead);
       if (normal) finish_read(s.dq, Kp, s.dd, s.z, nullptr);
@@ -129,14 +129,14 @@ STAGE void shared_chunk(const Backward& a, const Walk& w, const Walk& back, Grad
   alignas(64) float crossing[C] = {}, q_dq[C] = {}, k_dk[C], add_up[C];
   for (int64_t g = 0; g < a.G; ++g) {
     const int64_t h = w.h * a.G + g;
-    Ahead queries, outputs;
+    Ahead queries(a), outputs(a);
     queries.also(span(a.grad, w, next, h), a.V).also(span(a.q, w, next, h), a.K);
     if (!first) outputs.also(span(a.dq, w, next, h), a.K).also(span(a.dk, w, next, w.h), a.K).also(span(a.dv, w, next, w.h), a.V);
     load_rows(span(a.q, w, p, h), rows, int(a.K), a.scale, s.q, Kp);
     load_grad(a, w, s, p, rows, h, 1.0f);
     if (first) {
-      products(s.dn, Vp, s.uT, nullptr, normal ? s.dd : nullptr, s.dP);
-      products(s.q, Kp, s.kT, s.gate.D, nullptr, s.P);
+      products(s.dn, Vp, s.uT, nullptr, normal ? s.dd : nullptr, ALL, s.dP);
+      products(s.q, Kp, s.kT, s.gate.D, nullptr, ALL, s.P);
       if (decays) add_crossing(s.P, s.dP, crossing);
       for (int i = 0; i < C * C; i += LANES) store(s.dP + i, load(s.dP + i) * load(s.gate.D + i));
     }

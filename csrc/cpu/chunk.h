@@ -21,9 +21,12 @@ STAGE void scale_columns(float* x, int rows, const float* factor) {
 
 // -- scores ----------------------------------------------------------------------------------------------------------------------------
 
-// P[i][j] = x_i · y_j, y given transposed [depth C]; times D where D is given, plus bias_i where that is.
-STAGE void products(const float* x, int depth, const float* yT, const float* D, const float* bias, float* P) {
-  blocks(C, C, [=]<int MR, int NV>(int m, int n) {
+enum Shape { ALL, TRANSPOSED, LOWER, LOWER_TRANSPOSED };  // what a [C C] matrix holds: all, or nothing above its diagonal
+
+// P[i][j] = x_i · y_j, y given transposed [depth C]; plus bias_i and then times D, where those are given. LOWER: what is above the diagonal
+// need not be there.
+STAGE void products(const float* x, int depth, const float* yT, const float* D, const float* bias, Shape shape, float* P) {
+  const auto block = [=]<int MR, int NV>(int m, int n) {
     vec acc[MR][NV] = {};
     multiply(acc, depth, x + m * depth, depth, 1, yT + n, C);
     for (int r = 0; r < MR; ++r)
@@ -32,7 +35,15 @@ STAGE void products(const float* x, int depth, const float* yT, const float* D, 
         vec p = bias ? acc[r][l] + bias[m + r] : acc[r][l];
         store(P + at, D ? p * load(D + at) : p);
       }
-  });
+  };
+  if (LANES == 8 && shape == LOWER) {
+    block.template operator()<8, 1>(0, 0);
+    block.template operator()<4, 2>(8, 0);
+    block.template operator()<4, 2>(12, 0);
+    for (int r = 0; r < 8; ++r) store(P + r * C + C - LANES, vec{});
+  } else {
+    blocks(C, C, block);
+  }
 }
 
 // -- write: the delta rule's unit lower triangular system (I + M) u = r, M strictly lower ------------------------------------------------
@@ -126,8 +137,6 @@ STAGE void dots(const float* x, const float* y, int ld, float* out) {
     store(out + block, sums(acc));
   }
 }
-
-enum Shape { ALL, TRANSPOSED, LOWER, LOWER_TRANSPOSED };  // which entries of P there are: all, or those on and below the diagonal
 
 // acc += rows m … m + MR of P u, or of Pᵀ u.
 template <int MR, int NV>

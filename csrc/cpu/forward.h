@@ -69,7 +69,7 @@ INLINE void each_chunk(const Call& a, Walk w, T& s, F&& f) {
 }
 
 INLINE Ahead next_keys(const Call& a, const Walk& w, int64_t position) {
-  Ahead ahead;
+  Ahead ahead(a);
   if (position < 0 || position >= w.length) return ahead;
   ahead.also(span(a.k, w, position, w.h), a.K).also(span(a.v, w, position, w.h), a.V);
   if (a.decay == CHANNEL) ahead.also(gate_span(a.g, a, w, position, a.K), a.K);
@@ -86,7 +86,7 @@ INLINE void keys_meet(const Call& a, Tiles& s, float* A) {
     channel_products(s.k, s.k, s.gate, s.Kp, 0.0f, A);
     scale_tile(s.k, s.gate.seen_k, s.k_seen, s.Kp);
   } else {
-    products(s.k, s.Kp, s.kT, s.gate.D, nullptr, A);
+    products(s.k, s.Kp, s.kT, s.gate.D, nullptr, LOWER, A);
     keep_triangle(A, 0.0f);
     scale_rows(s.k, s.gate.seen, s.k_seen, s.Kp);
   }
@@ -171,12 +171,13 @@ INLINE void forward_chunk(const Forward& a, const Walk& w, Tiles& s, int64_t p, 
       reader = s.q_seen;
       channel_products(s.q, s.k, s.gate, Kp, w.own, s.P);
     } else if (inside) {
-      products(s.q, Kp, s.kT, s.gate.D, nullptr, s.P);
+      products(s.q, Kp, s.kT, s.gate.D, nullptr, intra == TRIANGLE ? LOWER : ALL, s.P);
     }
     const Span o = span(a.o, w, p, h);
     const bool direct = !o.stream && rows == C && !o.bf16 && a.V == Vp && !normal && !add;  // straight to memory, without the tile
-    Ahead queries;
+    Ahead queries(a);
     queries.also(span(a.q, w, next, h), a.K);
+    if (add) queries.also(span(a.o, w, next, h), a.V);
     emit(reader, Kp, s.S, Vp, channel || a.decay == NONE ? nullptr : s.gate.seen, inside ? s.P : nullptr,
          intra == TRIANGLE ? LOWER : ALL, u, direct ? reinterpret_cast<float*>(o.p) : s.o, direct ? o.step : Vp, &queries);
     if (direct) continue;

@@ -82,12 +82,13 @@ STAGE void store_rows(const float* tile, int ld, int rows, int width, float fact
   for (int r = 0; r < rows; ++r) store_row(tile + r * ld, y.p + r * y.step * (y.bf16 ? 2 : 4), y.bf16, width, factor, add);
 }
 
-// Rows of the next chunk, of up to four tensors, asked for a line at a time, between products: a core has a dozen or so misses in flight,
-// and more at once would hold up the loads of the state.
+// Rows of the next chunk, of up to four tensors, asked for a line or a few at a time, between products, and all of them by the end of a stage
+// over a state: a core has a dozen or so misses in flight, and more at once would hold up the loads of the state.
 struct Ahead {
   const char* line[4];
   int64_t jump[4];  // bytes from the end of a row to the next
-  int lines[4], done[4] = {}, rows[4] = {C, C, C, C}, count = 0;
+  int lines[4], done[4] = {}, rows[4] = {C, C, C, C}, count = 0, burst;
+  explicit Ahead(const Call& a) : burst(least(pad(a.K), pad(a.V)) < 64 ? 64 / least(pad(a.K), pad(a.V)) : 1) {}
   INLINE_MEMBER Ahead& also(Span x, int64_t width) {
     const int bytes = int(width) * (x.bf16 ? 2 : 4);
     line[count] = x.p, lines[count] = (bytes + 63) / 64;
@@ -96,12 +97,12 @@ struct Ahead {
     return *this;
   }
   INLINE_MEMBER void ask() {
-    for (int n = 0; n < count; ++n) {
-      if (!rows[n]) continue;
-      __builtin_prefetch(line[n], 0, 2);
-      line[n] += 64;
-      if (++done[n] == lines[n]) line[n] += jump[n], done[n] = 0, --rows[n];
-    }
+    for (int n = 0; n < count; ++n)
+      for (int i = 0; i < burst && rows[n]; ++i) {
+        __builtin_prefetch(line[n], 0, 2);
+        line[n] += 64;
+        if (++done[n] == lines[n]) line[n] += jump[n], done[n] = 0, --rows[n];
+      }
   }
 };
 

@@ -170,12 +170,14 @@ struct Nothing {
 
 // -- small dense products: everything the chunk skeleton multiplies ------------------------------------------------------------------
 
-// acc[m][n] += Σ_k A[m·am + k·ak] · B[k·ldb + n]: a register block, A broadcast, B in vectors. `depth` is a multiple of 4; every 4 products
-// `ahead`, if there is one, asks for a line of memory.
+// acc[m][n] += Σ_k A[m·am + k·ak] · B[k·ldb + n]: a register block, A broadcast, B in vectors. `depth` is a multiple of 4. Every so many
+// products `ahead`, if there is one, asks for memory.
+constexpr int BETWEEN = LANES == 16 ? 4 : 16;
+
 template <int MR, int NV, class Ahead = Nothing>
 INLINE void multiply(vec (&acc)[MR][NV], int depth, const float* A, long am, long ak, const float* B, long ldb, Ahead* ahead = nullptr) {
   for (int four = 0; four < depth; four += 4) {
-    if (ahead) ahead->ask();
+    if (ahead && four % BETWEEN == 0) ahead->ask();
 #pragma GCC unroll 4
     for (int k = four; k < four + 4; ++k) {
       vec b[NV];
