@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -99,9 +100,14 @@ def serve(pipe, rehearse: bool) -> None:
     """Answers questions until the pipe closes, or until the device is lost: then whoever asks next needs a new process."""
     stage = REHEARSAL if rehearse else GPU
     if rehearse:
-        from .interpreter import widen_bfloat16
+        from .interpreter import run_autotuned, widen_bfloat16
 
         widen_bfloat16()
+        run_autotuned()
+        if find_spec("fla"):
+            import fla.utils
+
+            fla.utils.device = "cpu"
     while True:
         try:
             question = pipe.recv()

@@ -153,6 +153,7 @@ BY_FORM = {
     "no decay": (Case(T=5000, decay="none", direction="target", **PLAIN), 3, 3),
     "delta, sequences that fill the chip": (Case(T=600, B=40, H=16, delta=True, **PLAIN | {"widths": (16, 16)}), 2, 3),
     "delta, one that is cut": (Case(T=5000, delta=True, **PLAIN), 3, 4),
+    "delta from both sides, a call each": (Case(T=5000, delta=True, direction="target", **PLAIN), 6, 8),
     "short": (Case(T=197, **PLAIN), 1, 2),
     "short bidirectional": (Case(T=197, direction="target", normalize="sum", **PLAIN), 1, 2),
     "short, no decay": (Case(T=197, decay="none", direction="target", **PLAIN), 1, 1),
