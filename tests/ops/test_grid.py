@@ -64,7 +64,8 @@ def test_pairs_of_the_grid(case, backend):
 @pytest.mark.parametrize("direction", ["causal", "source"])
 def test_a_long_row_of_one_head(decay, delta, direction, backend):
     """Where a kernel cuts one row into segments. Eager in float64 stands for the oracle, as `test_pairs_of_the_grid` allows."""
-    case = Case(decay=decay, delta=delta, direction=direction, T=4099, B=1, H=1, widths=(16, 16), record=RECORDS[3], stride=64)
+    record = RECORDS[3] if delta else ("writes",)  # in C++ a walk that records boundaries is not cut
+    case = Case(decay=decay, delta=delta, direction=direction, T=4099, B=1, H=1, widths=(16, 16), record=record, stride=64)
     check(case, backend, whole(case, backend), whole(case, "eager"), whole(case, "eager", double=True))
 
 
@@ -82,8 +83,8 @@ LARGE = ["none", "scalar", "channel delta", "bidirectional"]
 
 @pytest.mark.parametrize(("isa", "form"), [("plain", "none"), ("plain", "scalar"), *itertools.product(("avx2", "avx512"), LARGE)])
 def test_calls_too_large_for_the_caches(form, isa):
-    """From 4 Mi numbers on outputs are stored another way, and heads are walked side by side; one head alone is neither."""
-    T, H = 16400, 4
+    """From 2 Mi numbers on outputs are stored another way, and heads are walked side by side; one head alone is neither."""
+    T, H = 8208, 4
     q, k, v = (torch.randn(1, T, H, 64) for _ in range(3))
     k, options = torch.nn.functional.normalize(k, dim=-1), {}
     given = [q, k, v] if form == "none" else [q, k, v, torch.full((1, T, H, 64) if form == "channel delta" else (1, T, H), -0.1)]
