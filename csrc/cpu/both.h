@@ -47,13 +47,15 @@ static void whole_backward(const Backward& a, Job job, Gradients& s) {
 
 // -- a decay that is one number per token ------------------------------------------------------------------------------------------------
 //
-// Each direction needs its states S along its own way, for dq, and their gradients dS against it, for dk and dv. So the way to the right has S
-// of the left and dS of the right direction, the way back the other two; both directions' part inside a chunk is done on the first.
+// Each scan needs its states S along its own way, for dq, and their gradients dS against it, for dk and dv. So the walk to the right carries S
+// of the scan from the left and dS of the scan from the right, and the walk back the other two; what is inside a chunk, of both, is done on the
+// first walk.
 //
-// The log-decay gradient is, per direction, a sum over e = q·dq − k·dk from the end of its way. The parts of e come from both walks, and the
-// part inside a chunk is shared out by what lies below and above the diagonal: x_i = Σ_{j > i} (W_ij + W_ji) + W_ii with W = P ⊙ dP is what is
-// in q·dq and not of the left direction, and in k·dk and not of the right one.
+// The log-decay gradient of a scan is a running sum of e = q·dq − k·dk from the end of its way. Either walk has one half of each scan's e; of
+// what is inside a chunk, W = P ⊙ dP, the scan from the left has the part below the diagonal, the other one what is above:
+// x_i = Σ_{j > i} (W_ij + W_ji) + W_ii is what the first walk's q·dq holds too much for the former, and its k·dk for the latter.
 
+// x as above, added up over the query heads of a group.
 STAGE void add_crossing(const float* P, const float* dP, float* x) {
   for (int block = 0; block < C; block += LANES) {
     vec row[LANES], all = load(x + block);
@@ -86,7 +88,7 @@ STAGE Facing facing(const Backward& a, const Walk& back, Gradients& s, int64_t f
   return f;
 }
 
-// What the second walk pins the sums with: on the way to the right, every ANCHOR tokens, S of the left and dS of the right direction.
+// What the second walk pins the sums with: S and dS of the first walk every ANCHOR tokens.
 INLINE void keep_anchor(Gradients& s, int64_t m) {
   __builtin_memcpy(s.anchors + m * s.state, s.S, s.state * 4), __builtin_memcpy(s.far + m * s.state, s.dS, s.state * 4);
   __builtin_memcpy(s.anchors_z + m * s.Kp, s.z, size_t(s.Kp) * 4), __builtin_memcpy(s.far_z + m * s.Kp, s.dz, size_t(s.Kp) * 4);
@@ -95,7 +97,7 @@ INLINE void pin_left(const Backward& a, const Gradients& s, int64_t m) {
   pin(s, s.anchors + m * s.state, s.dS, s.anchors_z + m * s.Kp, s.dz, a.normalize != PLAIN, false);
 }
 
-// The second walk `w` has come to an anchor: the right direction's sum starts there, and the left one's is pinned anew.
+// The second walk `w` has come to an anchor: the sum of its own scan, which ends on the left, starts there; the other one's is pinned anew.
 STAGE void finish_stretch(const Backward& a, const Walk& w, const Walk& back, Gradients& s, int64_t begin) {
   const int64_t m = begin / ANCHOR, end = begin + least(ANCHOR, w.length - begin);
   pin(s, s.S, s.far + m * s.state, s.z, s.far_z + m * s.Kp, a.normalize != PLAIN, false);
@@ -126,7 +128,7 @@ STAGE void shared_chunk(const Backward& a, const Walk& w, const Walk& back, Grad
     load_rows(gate_span(a.du + back.direction * a.B * a.T * a.H * a.V, a, w, p, a.V), rows, int(a.V), 1.0f, s.wide, Vp);
     for (int i = 0; i < C * Vp; i += LANES) store(s.du + i, load(s.du + i) + load(s.wide + i));
   }
-  alignas(64) float crossing[C] = {}, q_dq[C] = {}, k_dk[C], add_up[C];
+  alignas(64) float crossing[C] = {}, q_dq[C] = {}, k_dk[C] = {}, add_up[C];
   for (int64_t g = 0; g < a.G; ++g) {
     const int64_t h = w.h * a.G + g;
     Ahead queries(a), outputs(a);
@@ -144,8 +146,8 @@ STAGE void shared_chunk(const Backward& a, const Walk& w, const Walk& back, Grad
     alignas(64) float weight[C];
     for (int r = 0; r < C; ++r) weight[r] = s.dd[r] * s.gate.seen[r];
     if (normal) finish_read(s.dq, Kp, weight, s.z, nullptr);
-    dots(s.q, s.dq, Kp, add_up);
-    for (int r = 0; r < C; ++r) q_dq[r] += add_up[r];
+    if (decays) dots(s.q, s.dq, Kp, add_up);
+    for (int r = 0; r < C && decays; ++r) q_dq[r] += add_up[r];
     store_rows(s.dq, Kp, rows, int(a.K), a.scale, span(a.dq, w, p, h), !first);
     if (g == 0) {
       emit(s.v, Vp, s.dS, Kp, kept, first ? s.dP : nullptr, TRANSPOSED, s.q, s.dk, Kp);
@@ -162,7 +164,7 @@ STAGE void shared_chunk(const Backward& a, const Walk& w, const Walk& back, Grad
   }
   store_rows(s.dk, Kp, rows, int(a.K), 1.0f, span(a.dk, w, p, w.h), !first);
   store_rows(s.du, Vp, rows, int(a.V), 1.0f, span(a.dv, w, p, w.h), !first);
-  dots(s.k, s.dk, Kp, k_dk);
+  if (decays) dots(s.k, s.dk, Kp, k_dk);
   carry_transposed(a, s, s.v, normal);
   if (!decays) return;
   for (int r = 0; r < rows; ++r) {
