@@ -122,13 +122,13 @@ def run(
     import triton
 
     begin, rows, red, first = time.perf_counter(), [], {}, {}
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    date, git = datetime.now(timezone.utc).isoformat(timespec="seconds"), machine.git()
     left = lambda: 60 * minutes - (time.perf_counter() - begin)
     plan = plan_of(stage, only)
 
     def record() -> Record:
         return Record(
-            kind="gpu" if stage is GPU else "rehearsal", date=date, git=machine.git(),
+            kind="gpu" if stage is GPU else "rehearsal", date=date, git=git,
             command=shlex.join(["python", "-m", "bench.gpu", *sys.argv[1:]]), machine=card_of(stage),
             versions={"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda, "linattn": linattn.__version__},
             options={"minutes": minutes, "only": list(only), "correct": {f"{n} {shape}": text for (n, shape), text in red.items()}},
