@@ -113,6 +113,7 @@ class Launch:
         x = self.arguments.get
         name, K, V, C, D = self.kernel.__name__, x("K", 0), x("V", 0), x("C", 0), 2 if x("BOTH") else 1
         again = -(-V // x("BV", 1))  # tiles of V, each of which forms the scores
+        turns = -(-K // x("TK", K or 1))  # over K, each of which forms their gradient
         if name == "seg_state":
             families = self.grid[0] // again
             return 2 * K * V * families
@@ -124,7 +125,7 @@ class Launch:
         return {
             "output": 2 * C * (K * again + V) + 2 * K * V * (1 + D),
             "bwd_dq": 2 * C * (V + D * K) + 2 * K * V * D,
-            "bwd_dkv": 2 * C * (V + D * K) + 2 * K * V * D + 2 * C * (K * (1 if x("DELTA") else again) + V) + 2 * K * V * D,
+            "bwd_dkv": 2 * C * (V * turns + D * K) + 2 * K * V * D + 2 * C * (K if x("DELTA") else K * again + V) + 2 * K * V * D,
             "nodecay_out": 2 * K * V,
             "nodecay_bwd": 6 * K * V,
         }.get(name, 0)

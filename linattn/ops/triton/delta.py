@@ -48,35 +48,54 @@ def wy(
 
 @triton.jit
 def solved(
-    v, beta, u, du, states, dv, dbeta, row, first, step, live, H, h, b_k, ell,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
+    k, g, v, beta, u, du, states, dv, dbeta, row, first, step, live, H, h,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, LEAVING: tl.constexpr,
+    TK: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
-    """From du of one chunk: dv and dbeta are stored, returned is what reading with k and being read as a key give to dk [C K] each.
+    """From du of one chunk: dv and dbeta are stored, returned are (I + M)⁻ᵀ and dA, the gradient of scores(k, k) [C C].
 
     dr = (I + M)⁻ᵀ du,   dv = β dr,   dM = −dr uᵀ strictly lower,   dβ = rows of (v − (k ⊙ 2^ℓ) S) ⊙ dr and of dM ⊙ scores(k, k)
     """
-    FINE: tl.constexpr = BK <= 64  # of wider heads the operands do not fit the registers
-    i, jk = tl.arange(0, C), tl.arange(0, BK)
+    i = tl.arange(0, C)
     b_beta = column(beta, first, step, live, H, h)
-    A = scores(b_k, b_k, ell, 0.0, True, DECAY)
+    A = tl.zeros([C, C], tl.float32)
+    for ik in tl.range(0, BK // TK, disable_licm=True):
+        jk = ik * TK + tl.arange(0, TK)
+        b_k = tile(k, first, step, live, H, h, jk, K)
+        A += scores(b_k, b_k, clock(gates(g, first, step, live, H, h, jk, K, DECAY), LEAVING), 0.0, True, DECAY)
     X = tl.trans(inverse(b_beta[:, None] * A))
-    k_seen = faded(b_k, ell, DECAY).to(b_k.dtype)
     dM = tl.zeros([C, C], tl.float32)
-    dk_read = tl.zeros([C, BK], tl.float32)
     b_dbeta = tl.zeros([C], tl.float32)
     for iv in tl.range(0, (V + BV - 1) // BV, disable_licm=True):
         jv = iv * BV + tl.arange(0, BV)
         b_v = tile(v, first, step, live, H, h, jv, V)
-        S = matrix(states, row, jk, jv, K, V).to(b_k.dtype)
-        dr = fine(X, tile(du, first, step, live, H, h, jv, V), b_k)
+        dr = fine(X, tile(du, first, step, live, H, h, jv, V), b_v)
         dM -= product(dr, tl.trans(tile(u, first, step, live, H, h, jv, V)), FINE)
-        b_dbeta += tl.sum((b_v - dot(k_seen, S)) * dr, 1)
-        b_dv = b_beta[:, None] * dr
-        dk_read -= product(b_dv, tl.trans(S), FINE)
-        put(dv, b_dv, first, step, live, H, h, jv, V)
+        put(dv, b_beta[:, None] * dr, first, step, live, H, h, jv, V)
+        left_over = b_v.to(tl.float32)
+        for ik in tl.range(0, BK // TK, disable_licm=True):
+            jk = ik * TK + tl.arange(0, TK)
+            ell = clock(gates(g, first, step, live, H, h, jk, K, DECAY), LEAVING)
+            k_seen = faded(tile(k, first, step, live, H, h, jk, K), ell, DECAY).to(b_v.dtype)
+            left_over -= dot(k_seen, matrix(states, row, jk, jv, K, V).to(b_v.dtype))
+        b_dbeta += tl.sum(left_over * dr, 1)
     dM = tl.where(i[:, None] > i[None, :], dM, 0.0)
     put_column(dbeta, b_dbeta + tl.sum(dM * A, 1), first, step, live, H, h)
-    dA = b_beta[:, None] * dM
+    return X, b_beta[:, None] * dM
+
+
+@triton.jit
+def solved_keys(
+    X, dA, beta, du, states, row, first, step, live, H, h, b_k, ell, jk,
+    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, FINE: tl.constexpr, DECAY: tl.constexpr,
+):  # fmt: skip
+    """From what `solved` returned: what reading with k and being read as a key give to the columns jk of dk."""
+    b_beta = column(beta, first, step, live, H, h)
+    dk_read = tl.zeros(b_k.shape, tl.float32)
+    for iv in tl.range(0, (V + BV - 1) // BV, disable_licm=True):
+        jv = iv * BV + tl.arange(0, BV)
+        dr = fine(X, tile(du, first, step, live, H, h, jv, V), b_k)
+        dk_read -= product(b_beta[:, None] * dr, tl.trans(matrix(states, row, jk, jv, K, V).to(b_k.dtype)), FINE)
     dk_read = faded(dk_read, ell, DECAY) + spread(dA, b_k, ell, 0.0, True, DECAY, FINE and DECAY != "channel")
     return dk_read, spread(tl.trans(dA), b_k, ell, 0.0, False, DECAY, FINE and DECAY != "channel")
 

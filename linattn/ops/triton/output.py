@@ -20,6 +20,7 @@ def output(
     DELTA: tl.constexpr, LEAVING_LEFT: tl.constexpr, LEAVING_RIGHT: tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr,
     DIVIDE: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr, SCANNED: tl.constexpr, RECORD: tl.constexpr,
     WRITES: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, PIPE: tl.constexpr, PRECISION: tl.constexpr,
+    TK: tl.constexpr,
 ):  # fmt: skip
     """Grid (V tiles, segments × query heads). NORMALIZE: row sums d are formed; DIVIDE: "none", "sum" or "clamp".
 
@@ -62,28 +63,36 @@ def output(
             if WRITES:
                 put(writes, u, first, step, live & speaks, H, h, jv, V)
             b_u = u.to(b_u.dtype)
-        out = read(b_q, S, ell, DECAY)  # emit
-        if BOTH:
-            r, row = clock(b_g, LEAVING_RIGHT), (chunk_row + c) * H + h
-            out += read(b_q, entering(states, fades, incoming, row, right_row, jk, jv, K, V, DECAY, SCANNED), L - r, DECAY)
-            P = scores_both(b_q, b_k, ell, r, True, DECAY)
-        else:
-            P = scores(b_q, b_k, ell, OWN, True, DECAY)
+        out = read(b_q, S, ell, DECAY)  # emit what the state shows, and carry it on: the chunk's own part needs none of it
+        if NORMALIZE:
+            rows = read_z(b_q, z, ell, DECAY)
+            z = carried_z(z, L, DECAY) + tl.sum(faded(b_k, L - ell, DECAY).to(tl.float32), 0)
+        S = carried(S, L, DECAY) + written(b_k, b_u, L - ell, DECAY)
+        P, row = tl.zeros([C, C], tl.float32), (chunk_row + c) * H + h
+        for ik in tl.range(0, BK // TK, disable_licm=True):
+            part = ik * TK + tl.arange(0, TK)
+            x = tile(q, first, step, live, H * G, hq, part, K)
+            y = tile(k, first, step, live, H, h, part, K)
+            a = gates(g, first, step, live, H, h, part, K, DECAY)
+            left = clock(a, LEAVING_LEFT)
+            if BOTH:
+                right = clock(a, LEAVING_RIGHT)
+                e = tl.sum(a, 0) - right
+                out += read(x, entering(states, fades, incoming, row, right_row, part, jv, K, V, DECAY, SCANNED), e, DECAY)
+                if NORMALIZE:
+                    rows += read_z(x, entering_z(zs, fades, incoming_z, row, right_row, part, K, DECAY, SCANNED), e, DECAY)
+                P += scores_both(x, y, left, right, True, DECAY)
+            else:
+                P += scores(x, y, left, OWN, True, DECAY)
         out = (out + dot(P.to(b_u.dtype), b_u)) * scale
         if NORMALIZE:
-            rows = tl.sum(P, 1) + read_z(b_q, z, ell, DECAY)
-            if BOTH:
-                z_right = entering_z(zs, fades, incoming_z, row, right_row, jk, K, DECAY, SCANNED)
-                rows += read_z(b_q, z_right, L - r, DECAY)
-            rows *= scale
+            rows = (rows + tl.sum(P, 1)) * scale
             put_column(d, rows, first, step, live & (iv == 0), H * G, hq)
-            z = carried_z(z, L, DECAY) + tl.sum(faded(b_k, L - ell, DECAY).to(tl.float32), 0)
             if DIVIDE == "sum":
                 out = out / tl.where(live, rows + eps, 1.0)[:, None]
             elif DIVIDE == "clamp":
                 out = out / tl.maximum(rows, eps)[:, None]
         put(o, out, first, step, live, H * G, hq, jv, V)
-        S = carried(S, L, DECAY) + written(b_k, b_u, L - ell, DECAY)  # carry
     if ENDS and (DELTA or not SCANNED):
         if speaks & (block == tl.maximum(tl.cdiv(length, chunks * C), 1) - 1):
             put_matrix(last, S, sequence_row, jk, jv, K, V)

@@ -66,7 +66,7 @@ class Plan:
         found = self._fixed.get(key)
         if found is None:
             tile = self.tile(column)
-            known = self.known | {"BV": tile.BV, "C": tile.C, "PIPE": tile.stages} | more
+            known = self.known | {"BV": tile.BV, "C": tile.C, "PIPE": tile.stages, "TK": min(tile.TK, self.known["BK"])} | more
             found = self._fixed[key] = Fixed(kernel, known, tile.warps, tile.stages, self.again)
         return found
 
