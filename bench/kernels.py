@@ -98,6 +98,12 @@ class Launch:
         return str(sorted((fixed | self.options).items()))
 
     @property
+    def tile(self) -> str:
+        size, options = lambda name: self.arguments.get(name, "-"), self.options
+        turn = f" TK{size('TK')}" if size("TK") != "-" and size("TK") < size("BK") else ""
+        return f"C{size('C')} BV{size('BV')}{turn} w{options.get('num_warps', 4)} s{options.get('num_stages', '-')}"
+
+    @property
     def bytes(self) -> int:
         """Of every tensor once: what is read again comes from the cache."""
         seen = {}
@@ -230,10 +236,7 @@ def assemblers(arch: str) -> list[Path | None]:
 
 def examine(launch: Launch, arch: str, form: str, width: int) -> Iterator[Row]:
     """One row per assembler."""
-    options = launch.options
-    size = lambda name: launch.arguments.get(name, "-")
-    tile = f"C{size('C')} BV{size('BV')} w{options.get('num_warps', 4)} s{options.get('num_stages', '-')}"
-    facts = {"arch": arch, "form": form, "width": width, "kernel": launch.kernel.__name__, "backward": launch.backward, "tile": tile}
+    facts = {"arch": arch, "form": form, "width": width, "kernel": launch.kernel.__name__, "backward": launch.backward, "tile": launch.tile}
     facts["bytes"] = round(launch.bytes / (TOKENS * H), 1)
     try:
         binary = compiled(launch, arch)
@@ -241,7 +244,7 @@ def examine(launch: Launch, arch: str, form: str, width: int) -> Iterator[Row]:
         yield Row(**facts, error=f"{type(error).__name__}: {str(error)[-200:]}", faults=("does not compile",))
         return
     text = binary.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
-    warps = options.get("num_warps", 4)
+    warps = launch.options.get("num_warps", 4)
     facts |= {"shared": binary.metadata.shared, "matrix": len(re.findall(MATRIX[arch], text)), "traps": len(re.findall(r"\btrap;", text))}
     facts["copies"] = len(re.findall(r"cp\.async\.c[ag]|cp\.async\.bulk|global_load_lds|buffer_load\w* .* lds", text))
     done = [(assembler, *(_amd(text) if assembler is None else _assemble(assembler, text))) for assembler in assemblers(arch)]
