@@ -35,7 +35,7 @@ struct Call {
   const float* beta;         // [B T H] or null
   const float *kv, *z;       // initial states [D N H K V], [D N H K], or null: zeros
   int width;                 // heads walked side by side: they share pages of memory, and a page is worth its look-up
-  int segments;              // each sequence is cut into this many for parallelism (additive writes only)
+  int segments;              // each sequence is cut into this many for parallelism
 };
 
 struct Forward : Call {
@@ -46,6 +46,7 @@ struct Forward : Call {
   float* u;                  // writes [D B T H V], or null
   float *seg_kv, *seg_z;     // [D N H segments K V]: first what a segment adds, then what enters it
   float* seg_fade;           // [D N H segments K]
+  float* seg_turn;           // [D N H segments K K], delta rule: what a segment makes of the state that enters it, but for what it adds
 };
 
 struct Backward : Forward {  // o and d hold the forward's results; kv_out … u are unused
@@ -82,6 +83,8 @@ struct Kernels {
   void (*forward_aggregate)(const Forward&, Job, float* scratch);
   void (*backward)(const Backward&, Job, float* scratch);
   void (*backward_aggregate)(const Backward&, Job, float* scratch);
+  size_t (*turn_scratch)(const Call&);
+  void (*turn)(const Call&, const float* R, bool transposed, const float* S, float* out, float* scratch);  // out = R S, or Rᵀ S
   size_t (*step_scratch)(const Step&);
   void (*step)(const Step&, int64_t first, int64_t last, float* scratch);  // heads first … last of B·H
 };

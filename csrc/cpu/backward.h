@@ -109,10 +109,7 @@ STAGE void key_chunk(const Backward& a, const Walk& w, Gradients& s, int64_t p, 
   Ahead ahead = next_keys(a, w, p - C);
   if (channel) ahead.also(gate_span(a.dg + w.direction * a.B * a.T * a.H * a.K, a, w, next, a.K), a.K);
   emit_across(keepers, Kp, s.dS, Vp, channel || !decays ? nullptr : gate.kept, s.wide, s.du, &ahead);
-  if (a.du) {
-    load_rows(gate_span(a.du + w.direction * a.B * a.T * a.H * a.V, a, w, p, a.V), rows, int(a.V), 1.0f, s.wide, Vp);
-    for (int i = 0; i < C * Vp; i += LANES) store(s.du + i, load(s.du + i) + load(s.wide + i));
-  }
+  if (a.du) add_writes_gradient(a, w, w.direction, s, p, rows);
   const Span dk = span(a.dk, w, p, w.h);
   const bool direct = !dk.stream && rows == C && !dk.bf16 && a.K == Kp && a.G == 1 && !normal && !decays && !a.delta && !add;
   Across across;
@@ -250,34 +247,49 @@ static void backward_job(const Backward& a, Job job, float* scratch) {
   drain();
 }
 
-// What a segment adds to the gradient of the state that enters it.
+// What a segment adds to the gradient of the state that enters it; dS lies [Kp Vp] here.
 static void backward_aggregate(const Backward& a, Job job, float* scratch) {
   Scratch take{scratch};
   Gradients s(a, take);
+  const int Kp = s.Kp, Vp = s.Vp;
+  const bool channel = a.decay == CHANNEL;
+  Gate& gate = s.gate;
   for (int direction = 0; direction < (a.causal ? 1 : 2); ++direction) {
     const Walk w = make_walk(a, job, direction);
-    __builtin_memset(s.dS, 0, size_t(s.Kp) * s.Vp * 4);
-    __builtin_memset(s.dz, 0, size_t(s.Kp) * 4);
+    __builtin_memset(s.dS, 0, size_t(Kp) * Vp * 4);
+    __builtin_memset(s.dz, 0, size_t(Kp) * 4);
     for (int64_t p = (w.length - 1) / C * C; p >= 0 && w.length; p -= C) {
       const int rows = least(C, w.length - p);
-      set_gate(s.gate, a, w, p, rows, NOTHING, false, s.Kp);
+      float beta[C], A[C * C];
+      set_gate(gate, a, w, p, rows, TRIANGLE, false, Kp);
+      if (a.delta) {  // du, the gradient of what is written
+        load_rows(span(a.k, w, p, w.h), rows, int(a.K), 1.0f, s.k, Kp);
+        load_beta(a, w, p, rows, beta);
+        if (!channel) transpose(s.k, Kp, C, Kp, s.kT, C);
+        keys_meet(a, s, A);
+        channel ? scale_tile(s.k, gate.kept_k, s.dk, Kp) : scale_rows(s.k, gate.kept, s.dk, Kp);
+        emit(s.dk, Kp, s.dS, Vp, nullptr, nullptr, ALL, nullptr, s.du, Vp);
+        if (a.du) add_writes_gradient(a, w, w.direction, s, p, rows);
+      }
       for (int64_t g = 0; g < a.G; ++g) {
         const int64_t h = w.h * a.G + g;
-        const float across = g == 0 ? s.gate.across : 1.0f;
-        load_rows(span(a.q, w, p, h), rows, int(a.K), a.scale, s.q, s.Kp);
+        load_rows(span(a.q, w, p, h), rows, int(a.K), a.scale, s.q, Kp);
         load_grad(a, w, s, p, rows, h, 1.0f);
-        if (a.decay == CHANNEL) {
-          scale_tile(s.q, s.gate.seen_k, s.q_seen, s.Kp);
-          carry(s.dS, s.Kp, s.Vp, {1.0f, g ? nullptr : s.gate.across_k}, s.q_seen, false, s.dn);
-          carry_z(s.dz, s.Kp, 1.0f, g ? nullptr : s.gate.across_k, s.q_seen, s.dd);
-        } else {
-          float weight[C];
-          for (int r = 0; r < C; ++r) weight[r] = s.gate.seen[r] * s.dd[r];
-          scale_rows(s.dn, s.gate.seen, s.wide, s.Vp);
-          carry(s.dS, s.Kp, s.Vp, {across}, s.q, false, s.wide);
-          carry_z(s.dz, s.Kp, across, nullptr, s.q, weight);
+        if (a.delta) {
+          channel ? channel_products(s.q, s.k, gate, Kp, w.own, s.P) : products(s.q, Kp, s.kT, gate.D, nullptr, LOWER, s.P);
+          gather(s.P, LOWER_TRANSPOSED, s.dn, Vp, s.du);
         }
+        channel ? scale_tile(s.q, gate.seen_k, s.q_seen, Kp) : scale_rows(s.q, gate.seen, s.q_seen, Kp);
+        const Across across = {channel || g ? 1.0f : gate.across, channel && !g ? gate.across_k : nullptr};
+        carry(s.dS, Kp, Vp, across, s.q_seen, false, s.dn);
+        carry_z(s.dz, Kp, across.all, across.row, s.q_seen, s.dd);
       }
+      if (!a.delta) continue;
+      scale_rows(A, beta, s.M, C);
+      solve(s.M, true, s.du, Vp);
+      for (float& x : beta) x = -x;
+      scale_rows(s.du, beta, s.du, Vp);
+      carry(s.dS, Kp, Vp, {1.0f}, s.k_seen, false, s.du);
     }
     const int64_t at = segment_index(a, w, job);
     store_state(s.dS, int(a.K), int(a.V), false, a.seg_dkv + at * a.K * a.V);

@@ -210,10 +210,12 @@ void describe(Call& a, const Tensor& q, const Tensor& k, const Tensor& v, const 
   a.rows = stride == 0 ? 0 : a.sequences == 1 || !a.ends ? (a.T + stride - 1) / stride : a.T / stride + a.sequences;
   a.q = rows_of(q), a.k = rows_of(k), a.v = rows_of(v);
   a.g = read(g), a.beta = read(beta), a.kv = read(kv), a.z = read(z);
-  // Fewer heads than threads: cut time too. The delta rule's states do not add up over segments; recorded boundaries want one walk.
+  // Fewer heads than threads: cut time too. Recorded boundaries want one walk. Under the delta rule segments are walked twice, the first time
+  // with a state of K columns more, two and a half times the work: fewer than FEWEST would not pay.
+  constexpr int FEWEST = 4;
   const int64_t heads = a.sequences * a.H, threads = torch::stable::get_num_threads();
-  a.segments = a.delta || stride || heads == 0 || heads >= threads ? 1 : int((threads + heads - 1) / heads);
-  if (a.T < 4 * ANCHOR * a.segments) a.segments = 1;
+  a.segments = stride || heads == 0 || heads >= threads ? 1 : int((threads + heads - 1) / heads);
+  if (a.T < 4 * ANCHOR * a.segments || (a.delta && a.segments < FEWEST)) a.segments = 1;
   // Heads side by side, as long as every thread has a job, no job is more than a thread's share, and their states stay in the second cache.
   const int64_t longest = a.ends && heads ? ends.length(ends.longest_first[0]) : a.T, tokens = a.ends ? a.T : a.B * a.T;
   a.width = 1;
@@ -222,36 +224,36 @@ void describe(Call& a, const Tensor& q, const Tensor& k, const Tensor& v, const 
 }
 
 struct Segments {  // what each segment adds, then what enters it
-  std::vector<float> kv, z, fade;
+  std::vector<float> kv, z, fade, turn;
   explicit Segments(const Call& a) {
     if (a.segments == 1) return;
     const size_t n = size_t(a.causal ? 1 : 2) * a.sequences * a.H * a.segments * a.K;
-    kv.resize(n * a.V), z.resize(n), fade.resize(n);
+    kv.resize(n * a.V), z.resize(n), fade.resize(n), turn.resize(a.delta ? n * a.K : 0);
   }
-  // In the order in which `towards` meets the segments, turn the sums each adds into the states that enter each.
-  void enter(const Call& a, const float* kv0, const float* z0, const float* fades, bool backward) {
+  // In the order in which a walk, or one against it, meets the segments, turn the sums each adds into the states that enter each.
+  void enter(const Call& a, const float* kv0, const float* z0, const Segments& across, bool backward) {
     const int64_t n = a.segments, heads = a.sequences * a.H, KV = a.K * a.V;
-    for (int64_t d = 0; d < (a.causal ? 1 : 2); ++d)
-      for (int64_t h = d * heads; h < (d + 1) * heads; ++h) {
-        std::vector<float> S(KV), Z(a.K);
-        if (kv0) std::copy_n(kv0 + h * KV, KV, S.begin());
-        if (z0) std::copy_n(z0 + h * a.K, a.K, Z.begin());
-        const bool from_end = (d == 1) != backward;
-        for (int64_t i = 0; i < n; ++i) {
-          const int64_t at = h * n + (from_end ? n - 1 - i : i);
-          for (int64_t c = 0; c < a.K; ++c) {
-            const float fade = fades[at * a.K + c];
-            float& z_in = z[at * a.K + c];
-            const float z_next = fade * Z[c] + z_in;
-            z_in = Z[c], Z[c] = z_next;
-            for (int64_t j = 0; j < a.V; ++j) {
-              float& in = kv[at * KV + c * a.V + j];
-              const float next = fade * S[c * a.V + j] + in;
-              in = S[c * a.V + j], S[c * a.V + j] = next;
-            }
+    run((a.causal ? 1 : 2) * heads, kernels().turn_scratch(a), [&](int64_t h, float* scratch) {
+      std::vector<float> S(KV), next(KV), Z(a.K);
+      if (kv0) std::copy_n(kv0 + h * KV, KV, S.begin());
+      if (z0) std::copy_n(z0 + h * a.K, a.K, Z.begin());
+      const bool from_end = (h >= heads) != backward;
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = h * n + (from_end ? n - 1 - i : i);
+        if (a.delta) kernels().turn(a, across.turn.data() + at * a.K * a.K, backward, S.data(), next.data(), scratch);
+        for (int64_t c = 0; c < a.K; ++c) {
+          const float fade = across.fade[at * a.K + c];
+          float& z_in = z[at * a.K + c];
+          const float z_next = fade * Z[c] + z_in;
+          z_in = Z[c], Z[c] = z_next;
+          for (int64_t j = c * a.V; j < (c + 1) * a.V; ++j) {
+            float& in = kv[at * KV + j];
+            const float leaves = (a.delta ? next[j] : fade * S[j]) + in;
+            in = S[j], S[j] = leaves;
           }
         }
       }
+    });
   }
 };
 
@@ -281,12 +283,12 @@ std::tuple<Tensor, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe> forward(
   a.o = output_rows(o);
   a.kv_out = write(kv_out), a.z_out = write(z_out), a.d = write(d), a.bkv = write(bkv), a.bz = write(bz), a.u = write(u);
   Segments seg(a);
-  a.seg_kv = seg.kv.data(), a.seg_z = seg.z.data(), a.seg_fade = seg.fade.data();
+  a.seg_kv = seg.kv.data(), a.seg_z = seg.z.data(), a.seg_fade = seg.fade.data(), a.seg_turn = seg.turn.data();
   const int64_t jobs = a.sequences * (a.H / a.width) * a.segments;
   const size_t scratch = kernels().scratch(a, false);
   if (a.segments > 1) {
     run(jobs, scratch, [&](int64_t i, float* s) { kernels().forward_aggregate(a, job_of(a, ends, i), s); });
-    seg.enter(a, a.kv, a.z, a.seg_fade, false);
+    seg.enter(a, a.kv, a.z, seg, false);
   }
   run(jobs, scratch, [&](int64_t i, float* s) { kernels().forward(a, job_of(a, ends, i), s); });
   return {o, kv_out, z_out, d, bkv, bz, u};
@@ -317,7 +319,8 @@ std::tuple<Tensor, Tensor, Tensor, Maybe, Maybe, Maybe, Maybe> backward(
   a.bkv = nullptr, a.u = nullptr;
   a.dg = write(dg), a.dbeta = write(dbeta), a.dkv = write(dkv), a.dz = write(dz);
   Segments seg(a), dseg(a);
-  a.seg_kv = seg.kv.data(), a.seg_z = seg.z.data(), a.seg_fade = seg.fade.data(), a.seg_dkv = dseg.kv.data(), a.seg_dz = dseg.z.data();
+  a.seg_kv = seg.kv.data(), a.seg_z = seg.z.data(), a.seg_fade = seg.fade.data(), a.seg_turn = seg.turn.data();
+  a.seg_dkv = dseg.kv.data(), a.seg_dz = dseg.z.data();
   const int64_t jobs = a.sequences * (a.H / a.width) * a.segments;
   const size_t scratch = kernels().scratch(a, true);
   if (a.segments > 1) {
@@ -325,8 +328,8 @@ std::tuple<Tensor, Tensor, Tensor, Maybe, Maybe, Maybe, Maybe> backward(
       kernels().forward_aggregate(a, job_of(a, ends, i), s);
       kernels().backward_aggregate(a, job_of(a, ends, i), s);
     });
-    seg.enter(a, a.kv, a.z, a.seg_fade, false);
-    dseg.enter(a, a.dkv_out, a.dz_out, a.seg_fade, true);
+    seg.enter(a, a.kv, a.z, seg, false);
+    dseg.enter(a, a.dkv_out, a.dz_out, seg, true);
   }
   run(jobs, scratch, [&](int64_t i, float* s) { kernels().backward(a, job_of(a, ends, i), s); });
   return {dq, dk, dv, dg, dbeta, dkv, dz};

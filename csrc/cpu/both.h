@@ -124,10 +124,7 @@ STAGE void shared_chunk(const Backward& a, const Walk& w, const Walk& back, Grad
   if (first) transpose(s.v, Vp, C, Vp, s.uT, C);
   Ahead keys = next_keys(a, w, next);
   emit_across(s.kT, Kp, s.dS, Vp, kept, s.wide, s.du, &keys);
-  if (a.du) {
-    load_rows(gate_span(a.du + back.direction * a.B * a.T * a.H * a.V, a, w, p, a.V), rows, int(a.V), 1.0f, s.wide, Vp);
-    for (int i = 0; i < C * Vp; i += LANES) store(s.du + i, load(s.du + i) + load(s.wide + i));
-  }
+  if (a.du) add_writes_gradient(a, w, back.direction, s, p, rows);
   alignas(64) float crossing[C] = {}, q_dq[C] = {}, k_dk[C] = {}, add_up[C];
   for (int64_t g = 0; g < a.G; ++g) {
     const int64_t h = w.h * a.G + g;

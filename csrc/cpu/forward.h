@@ -286,24 +286,54 @@ static void forward_job(const Forward& a, Job job, float* scratch) {
   drain();
 }
 
-// What a segment adds to a state, and how a state fades across it, in both directions at one pass over k and v each.
+// A call whose state has K columns more under the delta rule: started from the identity, with nothing to write, they become the matrix R that
+// a segment multiplies the state by. They begin at column pad(V).
+INLINE Call widened(const Call& a) {
+  Call wide = a;
+  if (a.delta && a.segments > 1) wide.V = pad(a.V) + pad(a.K);
+  return wide;
+}
+
+// What a segment adds to a state, and how a state fades or turns across it, in both directions at one pass over k and v each.
 static void forward_aggregate(const Forward& a, Job job, float* scratch) {
   Scratch take{scratch};
-  Tiles s(a, take);
+  Tiles s(widened(a), take);
+  const int K = int(a.K), V = int(a.V), R = pad(V);
   for (int direction = 0; direction < (a.causal ? 1 : 2); ++direction) {
     const Walk w = make_walk(a, job, direction);
     const int64_t at = segment_index(a, w, job);
     __builtin_memset(s.S, 0, size_t(s.Kp) * s.Vp * 4);
     __builtin_memset(s.z, 0, size_t(s.Kp) * 4);
-    for (int c = 0; c < a.K; ++c) a.seg_fade[at * a.K + c] = 1.0f;
+    __builtin_memset(s.v, 0, size_t(C) * s.Vp * 4);
+    for (int c = 0; c < K && a.delta; ++c) s.S[c * s.Vp + R + c] = 1.0f;
+    for (int c = 0; c < K; ++c) a.seg_fade[at * K + c] = 1.0f;
     for (int64_t p = 0; p < w.length; p += C) {
-      load_chunk(a, w, s, p, least(C, w.length - p), NOTHING, false);
-      carry_chunk(a, s, s.v, true, false);
-      for (int c = 0; c < a.K; ++c) a.seg_fade[at * a.K + c] *= a.decay == CHANNEL ? s.gate.across_k[c] : s.gate.across;
+      const int rows = least(C, w.length - p);
+      load_chunk(a, w, s, p, rows, NOTHING, false);
+      if (a.delta) {
+        if (a.decay != CHANNEL) transpose(s.k, s.Kp, C, s.Kp, s.kT, C);
+        delta_write(a, w, s, p, rows, false);
+      }
+      carry_chunk(a, s, a.delta ? s.u : s.v, true, a.delta);
+      for (int c = 0; c < K; ++c) a.seg_fade[at * K + c] *= a.decay == CHANNEL ? s.gate.across_k[c] : s.gate.across;
     }
-    store_state(s.S, int(a.K), int(a.V), false, a.seg_kv + at * a.K * a.V);
-    __builtin_memcpy(a.seg_z + at * a.K, s.z, size_t(a.K) * 4);
+    for (int c = 0; c < K; ++c) {
+      __builtin_memcpy(a.seg_kv + (at * K + c) * V, s.S + c * s.Vp, size_t(V) * 4);
+      if (a.delta) __builtin_memcpy(a.seg_turn + (at * K + c) * K, s.S + c * s.Vp + R, size_t(K) * 4);
+    }
+    __builtin_memcpy(a.seg_z + at * K, s.z, size_t(K) * 4);
   }
 }
+
+static void turn(const Call& a, const float* R, bool transposed, const float* S, float* out, float* scratch) {
+  const int Kp = pad(a.K), Vp = pad(a.V);
+  Scratch take{scratch};
+  float *by = take.take(size_t(Kp) * Kp), *from = take.take(size_t(Kp) * Vp), *to = take.take(size_t(Kp) * Vp);
+  load_state(R, int(a.K), int(a.K), transposed, by);
+  load_state(S, int(a.K), int(a.V), false, from);
+  for (int m = 0; m < Kp; m += C) emit(by + m * Kp, Kp, from, Vp, nullptr, nullptr, ALL, nullptr, to + m * Vp, Vp);
+  store_state(to, int(a.K), int(a.V), false, out);
+}
+static size_t turn_scratch(const Call& a) { return size_t(pad(a.K)) * (pad(a.K) + 2 * pad(a.V)) + 64; }
 
 }  // namespace linattn::LINATTN_ISA

@@ -95,6 +95,12 @@ STAGE void pin(const Gradients& s, const float* S, const float* dS, const float*
   if (!channel) s.running[0] = sum(all);
 }
 
+// du += the gradient of what was recorded as written, in the order of `w`.
+INLINE void add_writes_gradient(const Backward& a, const Walk& w, int direction, Gradients& s, int64_t p, int rows) {
+  load_rows(gate_span(a.du + direction * a.B * a.T * a.H * a.V, a, w, p, a.V), rows, int(a.V), 1.0f, s.wide, s.Vp);
+  for (int i = 0; i < C * s.Vp; i += LANES) store(s.du + i, load(s.du + i) + load(s.wide + i));
+}
+
 INLINE int64_t dg_index(const Backward& a, const Walk& w, int64_t t) { return ((w.direction * a.B + w.b) * a.T + t) * a.H + w.h; }
 
 // As carry_chunk, for the transposed state.

@@ -5,12 +5,14 @@
 namespace linattn::LINATTN_ISA {
 
 static size_t scratch(const Call& a, bool backward) {
-  return backward ? Gradients::floats(static_cast<const Backward&>(a)) : Tiles::floats(a);
+  const size_t tiles = Tiles::floats(widened(a)), gradients = backward ? Gradients::floats(static_cast<const Backward&>(a)) : 0;
+  return tiles > gradients ? tiles : gradients;
 }
 
 #define LINATTN_NAME(isa) #isa
 #define LINATTN_STRING(isa) LINATTN_NAME(isa)
 extern const Kernels kernels;
-const Kernels kernels = {LINATTN_STRING(LINATTN_ISA), scratch, forward_job, forward_aggregate, backward_job, backward_aggregate, step_scratch, step};
+const Kernels kernels = {
+    LINATTN_STRING(LINATTN_ISA), scratch, forward_job, forward_aggregate, backward_job, backward_aggregate, turn_scratch, turn, step_scratch, step};
 
 }  // namespace linattn::LINATTN_ISA
