@@ -1,4 +1,4 @@
-"""The Triton kernels compiled ahead of time, without a GPU: every row of the tiles table, and what the assembler says of it. Long: launches, assembly and table are one gate.
+"""The Triton kernels compiled ahead of time: tiles and what the assembler says. Long, for launches, assembly and table are one gate.
 
 A call on tensors without memory ("meta") gives the list of launches; each is compiled for its target. Read back are registers, spills,
 shared memory, matrix instructions, asynchronous copies and traps, and bytes and FLOPs per token and head are counted from the launches.
